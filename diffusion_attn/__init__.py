@@ -1,0 +1,30 @@
+"""diffusion-attn: attention methods for diffusers pipelines, switched on by a line and off by a line."""
+
+from diffusion_attn import ops, shapes
+from diffusion_attn.core.enable import EnableReport, disable, enable, enabled, using
+from diffusion_attn.core.errors import (
+    CheckpointFormatError,
+    DiffusionAttnError,
+    GridError,
+    MethodConflictError,
+    UnsupportedModelError,
+)
+from diffusion_attn.methods import HiDiffusion
+from diffusion_attn.version import __version__
+
+__all__ = [
+    "CheckpointFormatError",
+    "DiffusionAttnError",
+    "EnableReport",
+    "GridError",
+    "HiDiffusion",
+    "MethodConflictError",
+    "UnsupportedModelError",
+    "__version__",
+    "disable",
+    "enable",
+    "enabled",
+    "ops",
+    "shapes",
+    "using",
+]

@@ -1,0 +1,1 @@
+"""Enable and disable, the context of a forward pass, errors."""

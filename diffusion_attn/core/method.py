@@ -1,0 +1,73 @@
+"""What a method is to the core: options that can plan their place on a denoiser and install themselves there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import nn
+
+from diffusion_attn.core.context import StepContext
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is being enabled: the denoiser, and where known its pipeline; ``scheduled``: steps can be looked up."""
+
+    denoiser: nn.Module
+    pipeline: Any
+    scheduled: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method is going to do to a target; nothing is changed until ``install`` is called.
+
+    Attributes:
+        layers: names of the modules it touches, relative to the denoiser.
+        install: registers hooks and processors through the `Attachment` it is given.
+        attention: names of the attention modules whose computation it replaces; two methods must not share one.
+        remedy: the option that gives ``attention`` up, for the error when they would.
+    """
+
+    layers: list[str]
+    install: Callable[[Attachment], None]
+    attention: frozenset[str] = frozenset()
+    remedy: str = "enable one of them only"
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A frozen dataclass of options with a name."""
+
+    name: ClassVar[str]
+
+    def plan(self, target: Target) -> Plan:
+        """Check everything and say what would be touched.
+
+        Raises:
+            UnsupportedModelError: the target is not one that the method serves.
+        """
+        ...
+
+
+@dataclass
+class Attachment:
+    """Everything a method has installed, and how to undo it; ``context`` gives the forward pass in progress."""
+
+    context: Callable[[], StepContext]
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def before(self, module: nn.Module, hook: Callable, *, kwargs: bool = False) -> None:
+        """Register ``hook`` as a forward pre-hook of ``module``."""
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs).remove)
+
+    def after(self, module: nn.Module, hook: Callable) -> None:
+        """Register ``hook`` as a forward hook of ``module``."""
+        self._undo.append(module.register_forward_hook(hook).remove)
+
+    def undo(self) -> None:
+        """Take everything back, last first."""
+        while self._undo:
+            self._undo.pop()()

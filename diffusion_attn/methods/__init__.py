@@ -1,0 +1,8 @@
+"""What a user enables: one file per method, one line per method here."""
+
+from diffusion_attn.methods.hidiffusion import HiDiffusion
+
+METHODS = {method.name: method for method in (HiDiffusion,)}
+"""Every method by the name that reports, `disable` and the command line use."""
+
+__all__ = ["METHODS", "HiDiffusion"]

@@ -1,0 +1,68 @@
+"""What a piece of work costs: seconds and peak memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+_INTERVAL = 0.005  # seconds between looks at the process's memory
+
+
+@dataclass
+class Cost:
+    """Wall time in seconds, and the most memory that was in use above what was in use before, in bytes.
+
+    On a CUDA device memory is what the allocator handed out there; elsewhere it is the resident memory of the process.
+    """
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@contextmanager
+def measure(device: torch.device | str = "cpu") -> Iterator[Cost]:
+    """Measure what runs inside the ``with`` block; read the `Cost` after it."""
+    cost = Cost()
+    watch = _watch_cuda if torch.device(device).type == "cuda" else _watch_process
+    with watch(cost):
+        began = time.perf_counter()
+        yield cost
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        cost.seconds = time.perf_counter() - began
+
+
+@contextmanager
+def _watch_cuda(cost: Cost) -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield
+    cost.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def _watch_process(cost: Cost) -> Iterator[None]:
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    done = threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not done.wait(_INTERVAL):
+            peak = max(peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        cost.peak_bytes = max(peak, process.memory_info().rss) - before

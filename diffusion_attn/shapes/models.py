@@ -1,0 +1,33 @@
+"""The embedded models: small pipelines in plain diffusers format that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "models"
+
+
+def available() -> list[str]:
+    """The names of the embedded models."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/model_index.json"))
+
+
+def load_pipeline(name: str = "shapes-sd", **kwargs: Any) -> Any:
+    """Load an embedded pipeline; nothing is downloaded.
+
+    Args:
+        name: one of `available`.
+        kwargs: passed to ``DiffusionPipeline.from_pretrained``, for example ``dtype=torch.bfloat16``.
+
+    Returns:
+        A stock diffusers pipeline (``shapes-sd``: ``StableDiffusionPipeline``), float32 unless ``dtype`` says otherwise.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name not in available():
+        raise ValueError(f"name={name!r} is not an embedded model; there are: {', '.join(available()) or 'none'}.")
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(FOLDER / name, **kwargs)

@@ -1,0 +1,465 @@
+"""The oracle: reads from a picture what is in it, and judges pictures against the captions they were made from.
+
+Colours are read by the nearest palette entry, objects as connected regions that stand out from the background, kinds by
+the overlap of their soft silhouettes with what the renderer would have drawn. What fits nothing is reported as
+unreadable, never guessed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffusion_attn.shapes.captions import parse_caption
+from diffusion_attn.shapes.renderer import coverage, rgb
+from diffusion_attn.shapes.scenes import COLORS, KINDS, SIZES, Scene, Shape
+
+_WORKING_SIDE = 128  # pixels: a shape is then 15 or more across, and larger pictures only cost time
+_FRAME = 0.02  # of the shorter side: scenes keep their shapes out of it
+_FRAME_SHARE = 0.6  # of the frame: a shape that touches the border takes a quarter of it at most
+_SPECK = 0.0025  # of the squared shorter side: the smallest shape there is, a small star, covers 0.018
+_UNEXPLAINED = 0.01  # of the squared shorter side: four specks' worth
+_SHARED = 0.2  # of a region's pure pixels: a second colour with as many is another object, not an edge or a stain
+_PURE = 0.15  # of a region: even a small, blurred star has more pixels that are purely its colour
+_OVERLAP = 0.85  # a square matches a circle of its area by 0.83
+_MARGIN = 0.03  # between the best and the second best kind
+_RIM = 2  # pixels around a region that its template may touch
+_LARGE = (SIZES["small"][1] + SIZES["large"][0]) / 2
+_SOFTENINGS = (0, 1, 2, 4)  # passes of a binomial filter: a generated picture's edges are up to about 1.4 pixels soft
+_RIVALS = 8  # found shapes considered for each asked one
+
+_NAMES = tuple(COLORS)
+_PALETTE = np.stack([rgb(name) for name in _NAMES])
+# Half the distance of the two closest colours (0.22 in RGB of 0..1): nothing is near two of them, and what is further
+# than this from the background is no longer background.
+_NEAR = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(_PALETTE, 2)) / 2
+
+
+@dataclass(frozen=True)
+class FoundShape:
+    """One object of a picture.
+
+    ``kind`` and ``color`` are ``None`` where no kind or colour fits. The centre ``(x, y)`` is in fractions of the
+    picture's width and height (0 to 1, y down), ``radius`` in fractions of its shorter side. ``confidence`` is the
+    overlap of silhouette and best template, 0 to 1.
+    """
+
+    kind: str | None
+    color: str | None
+    x: float
+    y: float
+    radius: float
+    confidence: float
+
+    @property
+    def size(self) -> str:
+        """``"small"`` or ``"large"``, divided midway between the two ranges of radii."""
+        return "large" if self.radius > _LARGE else "small"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture holds.
+
+    ``background`` is ``None`` where no palette colour dominates the picture's border; then no shapes are looked for.
+    ``unexplained`` is the area that is neither background nor part of a found shape, in squared shorter sides.
+    """
+
+    background: str | None
+    shapes: tuple[FoundShape, ...]
+    unexplained: float = 0.0
+
+    @property
+    def readable(self) -> bool:
+        """Whether the background, each shape's kind and colour, and so the picture as a whole, are understood."""
+        known = self.background is not None and all(shape.kind and shape.color for shape in self.shapes)
+        return known and self.unexplained <= _UNEXPLAINED
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One picture against one caption.
+
+    ``asked`` and ``read`` count objects, unreadable ones included. Each asked object is paired with at most one found
+    object that has its kind or its colour: ``wrong_color`` and ``wrong_shape`` count pairs that agree in only the other,
+    ``wrong_size`` pairs whose size is not the named one, ``missing`` and ``extra`` what stayed unpaired. ``relation`` is
+    ``None`` where the caption states none. ``exact``: the picture is readable and shows what was asked and nothing else.
+    """
+
+    exact: bool
+    asked: int
+    read: int
+    missing: int
+    extra: int
+    wrong_color: int
+    wrong_shape: int
+    wrong_size: int
+    relation: bool | None
+    background: bool
+    readable: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """Many pictures against their captions.
+
+    ``exact``, ``background`` and ``readable`` are shares of the pictures (0 to 1), ``relation`` that of the pictures
+    whose caption states one (``None`` where none does); the counts are totals. See `Judgement` for what they count.
+    """
+
+    judgements: tuple[Judgement, ...]
+    exact: float
+    asked: int
+    read: int
+    missing: int
+    extra: int
+    wrong_color: int
+    wrong_shape: int
+    wrong_size: int
+    relation: float | None
+    background: float
+    readable: float
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """The number of pictures and every share and total, ready for JSON."""
+        totals = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "judgements"}
+        return {"images": len(self.judgements), **totals}
+
+
+def read(image: Any) -> Reading:
+    """Read what a picture holds.
+
+    Args:
+        image: a PIL image, a numpy array ``(height, width, 3)`` of uint8 or of floats in 0..1, or a torch tensor
+            ``(3, height, width)`` of floats in 0..1. Any size; made for 64 pixels and up.
+
+    Raises:
+        TypeError: ``image`` is none of these.
+        ValueError: its shape, dtype or range of values is another.
+    """
+    picture = _as_picture(image)
+    factor = max(1, round(min(picture.size) / _WORKING_SIDE))
+    width, height = (side / factor for side in picture.size)
+    side = min(width, height)
+    pixels = np.asarray(picture.reduce(factor), np.float32) / 255
+
+    background, backdrop = _background(pixels)
+    if background is None:
+        return Reading(None, ())
+    labels, colors = _regions(pixels, backdrop, background, _SPECK * side**2)
+    found = tuple(
+        FoundShape(kind, color, float(x / width), float(y / height), float(radius / side), float(overlap))
+        for label, color in enumerate(colors, 1)
+        for kind, x, y, radius, overlap in [_recognise(pixels, backdrop, labels, label, color)]
+    )
+    return Reading(background, found, float((labels < 0).sum() / side**2))
+
+
+def judge(image: Any, prompt: str) -> Judgement:
+    """Judge one picture (see `read`) against the caption it was made from.
+
+    "Left of" and "above" hold where the first centre lies so, and by at least as much as it is off the other way, in
+    fractions of the width and height. Where objects can be paired in several equally good ways, the relation is given
+    the benefit of the doubt.
+
+    Raises:
+        CaptionError: ``prompt`` is not of the grammar.
+    """
+    asked, reading = parse_caption(prompt), read(image)
+    pairs = _pair(asked, reading.shapes)
+    matched = [(shape, found) for shape, found in zip(asked.shapes, pairs, strict=True) if found]
+    wrong_color = sum(shape.color != found.color for shape, found in matched)
+    wrong_shape = sum(shape.kind != found.kind for shape, found in matched)
+    wrong_size = sum(not _right_size(shape, found) for shape, found in matched)
+    missing, extra = len(pairs) - len(matched), len(reading.shapes) - len(matched)
+    relation = _stands(asked.relation, pairs)
+    background = reading.background == asked.background
+    flaws = missing + extra + wrong_color + wrong_shape + wrong_size
+    return Judgement(
+        exact=reading.readable and background and relation is not False and not flaws,
+        asked=len(pairs),
+        read=len(reading.shapes),
+        missing=missing,
+        extra=extra,
+        wrong_color=wrong_color,
+        wrong_shape=wrong_shape,
+        wrong_size=wrong_size,
+        relation=relation,
+        background=background,
+        readable=reading.readable,
+    )
+
+
+def score(images: Any, prompts: str | Iterable[str]) -> Score:
+    """Judge pictures against their captions, one each, and sum up.
+
+    Args:
+        images: pictures (see `read`), or a single one where ``prompts`` is a single string.
+        prompts: captions, as many as there are images.
+
+    Raises:
+        ValueError: there are not as many images as prompts, or none.
+        CaptionError: a prompt is not of the grammar.
+    """
+    images, prompts = ([images], [prompts]) if isinstance(prompts, str) else (_as_list(images), list(prompts))
+    if len(images) != len(prompts) or not images:
+        raise ValueError(
+            f"images and prompts: got {len(images)} and {len(prompts)}, expected as many of each and at least one; "
+            "repeat a prompt for each image made from it."
+        )
+    judgements = tuple(judge(image, prompt) for image, prompt in zip(images, prompts, strict=True))
+    column = {field.name: [getattr(j, field.name) for j in judgements] for field in fields(Judgement)}
+    related = [relation for relation in column.pop("relation") if relation is not None]
+    shares = {name: sum(column.pop(name)) / len(judgements) for name in ("exact", "background", "readable")}
+    totals = {name: sum(values) for name, values in column.items()}
+    return Score(judgements, **shares, **totals, relation=sum(related) / len(related) if related else None)
+
+
+def _as_list(images: Any) -> list[Any]:
+    if isinstance(images, Image.Image):
+        raise TypeError("images is a single picture but prompts is not a single string; pass [image] or one prompt.")
+    return list(images)
+
+
+def _as_picture(image: Any) -> Image.Image:
+    expected = "expected a PIL image, a numpy array (height, width, 3) or a torch tensor (3, height, width)"
+    if isinstance(image, Image.Image):
+        picture = image.convert("RGB")
+    elif isinstance(image, np.ndarray):
+        picture = _from_array(image, image.shape)
+    elif hasattr(image, "detach"):
+        array = image.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+        picture = _from_array(np.moveaxis(array, 0, -1) if array.ndim == 3 else array, tuple(array.shape), floats=True)
+    else:
+        raise TypeError(f"image={image!r}: {expected}; open a file with PIL.Image.open.")
+    if not all(picture.size):
+        raise ValueError(f"image is {picture.width}x{picture.height} pixels: {expected} with at least one pixel.")
+    return picture
+
+
+def _from_array(array: np.ndarray, shape: tuple[int, ...], floats: bool = False) -> Image.Image:
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(
+            f"image has shape {shape}: expected (height, width, 3) as a numpy array or (3, height, width) as a torch "
+            "tensor; pass the images of a batch one by one and drop an alpha channel."
+        )
+    if array.dtype == np.uint8 and not floats:
+        return Image.fromarray(array)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"image has dtype {array.dtype}: expected floats in 0..1, or uint8 as a numpy array; divide by 255."
+        )
+    # Negated, so that nan fails too.
+    if array.size and not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
+        raise ValueError(
+            f"image has values from {array.min():.3g} to {array.max():.3g}: expected 0..1; "
+            "map -1..1 by (image + 1) / 2 and clip."
+        )
+    return Image.fromarray(np.round(np.clip(array, 0, 1) * 255).astype(np.uint8))
+
+
+def _background(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
+    """The palette colour that dominates the frame, and what it really looks like in this picture."""
+    height, width = pixels.shape[:2]
+    thickness = max(1, int(_FRAME * min(height, width)))
+    inner = np.zeros((height, width), bool)
+    inner[thickness:-thickness, thickness:-thickness] = True
+    frame = pixels[~inner]
+    near = _distances(frame, _PALETTE) < _NEAR
+    best = int(near.sum(0).argmax())
+    if near[:, best].mean() < _FRAME_SHARE:
+        return None, frame.mean(0)
+    return _NAMES[best], np.median(frame[near[:, best]], axis=0)
+
+
+def _regions(
+    pixels: np.ndarray, backdrop: np.ndarray, background: str, speck: float
+) -> tuple[np.ndarray, list[str | None]]:
+    """Label what stands out from the background, one colour a region.
+
+    Returns:
+        ``(height, width)`` labels: 0 background, 1.. regions, -1 pieces below ``speck`` pixels; and the regions'
+        colours, ``None`` where no palette colour fits.
+    """
+    outstanding = np.linalg.norm(pixels - backdrop, axis=-1) > _NEAR
+    blobs, areas, _ = _connected(outstanding.astype(np.int64))
+    owners = np.zeros(blobs.shape, np.int64)
+    for blob in np.flatnonzero(areas >= speck) + 1:
+        inside = blobs == blob
+        owners[inside] = _owners(pixels[inside], backdrop, background, speck)
+    pieces, areas, colors = _connected(owners)
+    kept = areas >= speck
+    numbers = np.concatenate([[0], np.where(kept, np.cumsum(kept), -1)])
+    labels = np.where(outstanding & (owners == 0), -1, numbers[pieces])
+    return labels, [None if color > len(_NAMES) else _NAMES[color - 1] for color in colors[kept]]
+
+
+def _owners(pixels: np.ndarray, backdrop: np.ndarray, background: str, speck: float) -> np.ndarray:
+    """For each pixel ``(n, 3)`` of a blob the palette colour (from 1) of the object it belongs to; one more: none."""
+    near = _distances(pixels, _PALETTE) < _NEAR
+    near[:, _NAMES.index(background)] = False
+    pure = near.sum(0)
+    colors = np.flatnonzero((pure >= max(_SHARED * pure.sum(), _PURE * len(pixels))) & (pure >= speck))
+    if not len(colors):
+        return np.full(len(pixels), len(_NAMES) + 1)
+    # An edge pixel is a blend with the background and may look like a third colour: what counts is the blend.
+    off = np.stack([_blend(pixels, backdrop, _PALETTE[color])[1] for color in colors])
+    return colors[off.argmin(0)] + 1
+
+
+def _blend(pixels: np.ndarray, backdrop: np.ndarray, color: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The share of ``color`` in each pixel, 0 to 1, seen as its blend with ``backdrop``, and how far off that is."""
+    axis = color - backdrop
+    share = np.clip((pixels - backdrop) @ axis / (axis @ axis), 0, 1)
+    return share, np.linalg.norm(pixels - backdrop - share[..., None] * axis, axis=-1)
+
+
+def _recognise(
+    pixels: np.ndarray, backdrop: np.ndarray, labels: np.ndarray, label: int, color: str | None
+) -> tuple[str | None, float, float, float, float]:
+    """Kind, centre and radius (pixels) and overlap of one region."""
+    mask = labels == label
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    top, left = max(rows[0] - _RIM, 0), max(columns[0] - _RIM, 0)
+    window = np.s_[top : rows[-1] + 1 + _RIM, left : columns[-1] + 1 + _RIM]
+    mask, patch = mask[window], pixels[window]
+    if color is None:
+        alpha = mask.astype(np.float32)
+    else:
+        pure = mask & (np.linalg.norm(patch - rgb(color), axis=-1) < _NEAR)
+        alpha, off = _blend(patch, backdrop, np.median(patch[pure], axis=0))
+        # One pixel around the region holds the faint half of its edge; further out there is only noise.
+        alpha = alpha * (off < _NEAR) * (_grown(mask) & (mask | (labels[window] <= 0)))
+
+    area = alpha.sum()
+    x = alpha.sum(0) @ (np.arange(alpha.shape[1]) + 0.5) / area
+    y = alpha.sum(1) @ (np.arange(alpha.shape[0]) + 0.5) / area
+    fits = sorted((_fit(kind, alpha, x, y, area) for kind in KINDS), reverse=True)
+    (overlap, kind, x, y, radius), (second, *_) = fits[:2]
+    clear = color is not None and overlap >= _OVERLAP and overlap - second >= _MARGIN
+    return kind if clear else None, x + left, y + top, radius, overlap
+
+
+def _fit(kind: str, alpha: np.ndarray, x: float, y: float, area: float) -> tuple[float, str, float, float, float]:
+    """Overlap, kind, centre and radius of the template that has the silhouette's centroid and area."""
+    unit_area, unit_x, unit_y = _moments(kind)
+    radius = math.sqrt(area / unit_area)
+    x, y = x - unit_x * radius, y - unit_y * radius
+    template = coverage(kind, x, y, radius, alpha.shape[1], alpha.shape[0])
+    # What the template covers beyond the window counts against it.
+    beyond = max(unit_area * radius**2 - template.sum(), 0)
+    overlap = 0.0
+    for passes in range(_SOFTENINGS[-1] + 1):
+        if passes:
+            template = _softened(template)
+        if passes in _SOFTENINGS:
+            overlap = max(overlap, np.minimum(alpha, template).sum() / (np.maximum(alpha, template).sum() + beyond))
+    return overlap, kind, x, y, radius
+
+
+@cache
+def _moments(kind: str) -> tuple[float, float, float]:
+    """Area and centroid of a kind at radius 1."""
+    radius = 64.0
+    drawn = coverage(kind, 1.25 * radius, 1.25 * radius, radius, int(2.5 * radius), int(2.5 * radius))
+    at = (np.arange(len(drawn)) + 0.5) / radius - 1.25
+    area = drawn.sum()
+    return float(area / radius**2), float(drawn.sum(0) @ at / area), float(drawn.sum(1) @ at / area)
+
+
+def _distances(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(pixels[:, None] - colors, axis=-1)
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask with its eight neighbours."""
+    for _ in range(2):
+        grown = mask.copy()
+        grown[1:] |= mask[:-1]
+        grown[:-1] |= mask[1:]
+        mask = grown.T
+    return mask
+
+
+def _softened(alpha: np.ndarray) -> np.ndarray:
+    """One pass of the binomial filter 1, 2, 1 along both axes."""
+    for _ in range(2):
+        padded = np.pad(alpha, ((1, 1), (0, 0)))
+        alpha = ((padded[:-2] + padded[2:]) / 4 + padded[1:-1] / 2).T
+    return alpha
+
+
+def _connected(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """8-connected regions of equal positive value.
+
+    Returns:
+        Labels ``(height, width)``, from 1 and 0 where there is no region; each region's area and value ``(regions,)``.
+    """
+    index = np.arange(values.size).reshape(values.shape)
+    neighbours = (
+        (np.s_[:, :-1], np.s_[:, 1:]),
+        (np.s_[:-1], np.s_[1:]),
+        (np.s_[:-1, :-1], np.s_[1:, 1:]),
+        (np.s_[:-1, 1:], np.s_[1:, :-1]),
+    )
+    joined = [(here, there, (values[here] == values[there]) & (values[here] > 0)) for here, there in neighbours]
+    edges = np.concatenate([[index[here][both], index[there][both]] for here, there, both in joined], axis=1)
+    # Union-find on all edges at once: hang each root below the smallest it touches, flatten, keep the edges still open.
+    roots = index.ravel().copy()
+    while edges.size:
+        np.minimum.at(roots, edges.max(0), edges.min(0))
+        while not np.array_equal(flatter := roots[roots], roots):
+            roots = flatter
+        edges = roots[edges]
+        edges = edges[:, edges[0] != edges[1]]
+    firsts = np.flatnonzero((roots == index.ravel()) & (values.ravel() > 0))
+    numbers = np.zeros(values.size, np.int64)
+    numbers[firsts] = np.arange(1, len(firsts) + 1)
+    labels = numbers[roots].reshape(values.shape)
+    return labels, np.bincount(labels.ravel(), minlength=len(firsts) + 1)[1:], values.flat[firsts]
+
+
+def _pair(asked: Scene, found: tuple[FoundShape, ...]) -> tuple[FoundShape | None, ...]:
+    """The found shape that stands for each asked one, ``None`` where there is none: the assignment that agrees best."""
+
+    def agreement(shape: Shape, other: FoundShape) -> tuple[bool, bool, float]:
+        return shape.kind == other.kind and shape.color == other.color, _right_size(shape, other), other.confidence
+
+    def merit(pairs: tuple[FoundShape | None, ...]) -> tuple[float, ...]:
+        matched = [(shape, other) for shape, other in zip(asked.shapes, pairs, strict=True) if other]
+        full, sizes, confidence = np.sum([agreement(*pair) for pair in matched], axis=0) if matched else (0, 0, 0)
+        kinds = sum(shape.kind == other.kind for shape, other in matched)
+        return full, len(matched), kinds, sizes, _stands(asked.relation, pairs) is True, confidence
+
+    choices = []
+    for shape in asked.shapes:
+        akin = [other for other in found if shape.kind == other.kind or shape.color == other.color]
+        akin.sort(key=lambda other, shape=shape: agreement(shape, other), reverse=True)
+        choices.append([*akin[:_RIVALS], None])
+    distinct = (
+        pairs for pairs in itertools.product(*choices) if len({id(p) for p in pairs if p}) == sum(map(bool, pairs))
+    )
+    return max(distinct, key=merit)
+
+
+def _right_size(asked: Shape, found: FoundShape) -> bool:
+    return asked.size in (None, found.size)
+
+
+def _stands(relation: str | None, pairs: tuple[FoundShape | None, ...]) -> bool | None:
+    if relation is None:
+        return None
+    first, second = pairs
+    if first is None or second is None:
+        return False
+    dx, dy = second.x - first.x, second.y - first.y
+    along, across = (dx, dy) if relation == "left of" else (dy, dx)
+    return along > 0 and along >= abs(across)

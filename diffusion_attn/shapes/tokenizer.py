@@ -1,0 +1,49 @@
+"""A real ``CLIPTokenizer`` with a small vocabulary: each word of the grammar is one token, all else falls to bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from transformers import CLIPTokenizer
+
+from diffusion_attn.shapes.scenes import COLORS, KINDS, RELATIONS, SIZES
+
+_WORDS = " ".join((*COLORS, *KINDS, *RELATIONS, *SIZES, "a an the and on background right below to of with")).split()
+_END = "</w>"
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """Byte-pair encoding learned on the grammar's words until each is one token; 77 positions, padded with the end."""
+    words = {word: [*word[:-1], word[-1] + _END] for word in dict.fromkeys(_WORDS)}
+    merges: list[tuple[str, str]] = []
+    while any(len(pieces) > 1 for pieces in words.values()):
+        pairs = Counter(pair for pieces in words.values() for pair in zip(pieces, pieces[1:], strict=False))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = {word: _merge(pieces, best) for word, pieces in words.items()}
+    symbols = _byte_symbols()
+    tokens = [*symbols, *(symbol + _END for symbol in symbols), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,
+        model_max_length=77,
+        pad_token="<|endoftext|>",
+    )
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def _byte_symbols() -> list[str]:
+    """One printable character for each byte, in the order of byte-level BPE: printable bytes stand for themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]

@@ -1,0 +1,386 @@
+"""Train shapes-sd, the embedded text-to-image model, from nothing: an autoencoder, then text encoder and UNet jointly.
+
+    python examples/train_shapes.py --output runs/shapes-sd                      # everything, resumes where it stopped
+    python examples/train_shapes.py --output runs/shapes-sd --stage evaluate     # the scores alone
+
+Scenes are drawn by code, so there is no dataset. Each stage writes a checkpoint every `--save-every` steps and
+continues from it; a finished stage is not run again. The result, `OUTPUT/model`, is a folder that
+`StableDiffusionPipeline.from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusion_attn import shapes
+from diffusion_attn.shapes.captions import caption
+from diffusion_attn.shapes.renderer import rasterize
+from diffusion_attn.shapes.scenes import sample_scene, sample_scenes
+from diffusion_attn.shapes.tokenizer import build_tokenizer
+
+SIZE = 64  # pixels
+HELD_OUT_SEED = 20_000
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """A 4x autoencoder without attention, so that cost stays linear in pixels at any size."""
+    return AutoencoderKL(
+        sample_size=SIZE,
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+
+
+def build_text_encoder(vocab_size: int, eos_token_id: int) -> CLIPTextModel:
+    """Two layers of CLIP's text transformer."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=96,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            bos_token_id=eos_token_id - 1,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Stable Diffusion 1.5's layout, four levels with cross-attention in the first three, at a tenth of its width."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        block_out_channels=(48, 96, 96, 96),
+        layers_per_block=1,
+        cross_attention_dim=96,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction on the linear schedule, whose last step is noise alone: plain backgrounds need the true mean."""
+    return DDIMScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def pixels(scenes) -> torch.Tensor:
+    """Scenes as a batch ``(batch, 3, SIZE, SIZE)``, float32 in -1..1."""
+    return torch.from_numpy(np.stack([rasterize(scene, SIZE) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
+
+
+def psnr(autoencoder: AutoencoderKL, scenes) -> float:
+    """Mean over scenes of the peak signal-to-noise ratio of the reconstruction, in dB."""
+    images = pixels(scenes)
+    with torch.no_grad():
+        decoded = [autoencoder.decode(autoencoder.encode(b).latent_dist.mode()).sample for b in images.split(50)]
+    error = ((torch.cat(decoded).clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
+    return float((-10 * error.log10()).mean())
+
+
+class Checkpoint:
+    """Modules, optimiser and step of a stage in one folder, replaced as a whole."""
+
+    def __init__(self, folder: Path, modules: dict[str, torch.nn.Module], optimizer, ema=None) -> None:
+        self.folder, self.modules, self.optimizer, self.ema = folder, modules, optimizer, ema
+
+    def save(self, step: int) -> None:
+        temporary = self.folder.with_suffix(".tmp")
+        temporary.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{name}/{k}": v for name, m in self.modules.items() for k, v in m.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{k}": v for k, v in state.items()}
+        if self.ema is not None:
+            tensors |= {f"ema/{i}": v for i, v in enumerate(self.ema.shadow_params)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+        (temporary / "step.json").write_text(json.dumps({"step": step}))
+        old = self.folder.with_suffix(".old")
+        if self.folder.exists():
+            self.folder.rename(old)
+        temporary.rename(self.folder)
+        for path in old.glob("*"):
+            path.unlink()
+        if old.exists():
+            old.rmdir()
+
+    def load(self) -> int:
+        if not self.folder.exists():
+            return 0
+        tensors = load_file(self.folder / "state.safetensors")
+        part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        for name, module in self.modules.items():
+            module.load_state_dict(part(f"{name}/"))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in part("optimizer/").items():
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        if self.ema is not None:
+            shadow = part("ema/")
+            self.ema.shadow_params = [shadow[str(i)] for i in range(len(shadow))]
+        return int(json.loads((self.folder / "step.json").read_text())["step"])
+
+
+def train_autoencoder(args: argparse.Namespace) -> None:
+    """Stage 1: L1 + MSE on pixels, a light KL term on the latents; writes ``OUTPUT/vae``."""
+    final = args.output / "vae"
+    if final.exists():
+        return
+    torch.manual_seed(args.seed)
+    autoencoder = build_autoencoder().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), args.ae_lr, weight_decay=0.0)
+    checkpoint = Checkpoint(args.output / "checkpoint-vae", {"vae": autoencoder}, optimizer)
+    first = checkpoint.load()
+
+    def loss_of(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        posterior = autoencoder.encode(images).latent_dist
+        decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample.float()
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + args.kl_weight * kl
+
+    step_loss = torch.compile(loss_of) if args.compile else loss_of
+    began = time.monotonic()
+    with tqdm(range(first, args.ae_steps), initial=first, total=args.ae_steps, desc="autoencoder") as bar:
+        for step in bar:
+            # Both splits: the autoencoder sees no captions, so there is nothing to hold out from it.
+            rng = random.Random(args.seed * 1_000_003 + step)
+            images = pixels([sample_scene(rng) for _ in range(args.ae_batch)]).contiguous(
+                memory_format=torch.channels_last
+            )
+            noise = torch.randn(args.ae_batch, 4, SIZE // 4, SIZE // 4)
+            set_lr(optimizer, args.ae_lr, step, args.ae_steps)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                loss = step_loss(images, noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+            if (step + 1) % args.save_every == 0:
+                checkpoint.save(step + 1)
+                quality = psnr(autoencoder, sample_scenes(100, HELD_OUT_SEED, held_out=True))
+                tqdm.write(f"autoencoder step {step + 1}: {quality:.2f} dB")
+    latents = torch.cat([autoencoder.encode(pixels(list(sample_scenes(50, s)))).latent_dist.mode().detach() for s in range(10)])
+    autoencoder.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    quality = psnr(autoencoder, sample_scenes(200, HELD_OUT_SEED, held_out=True))
+    record(args, "autoencoder", steps=args.ae_steps, seconds=time.monotonic() - began, first_step=first, psnr=quality)
+    autoencoder.to(memory_format=torch.contiguous_format).save_pretrained(final)
+
+
+def encode_scenes(args: argparse.Namespace, autoencoder: AutoencoderKL, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled latents ``(scenes, 4, 16, 16)`` and token ids ``(scenes, 77)`` of the training split, computed once."""
+    path = args.output / "latents.safetensors"
+    if not path.exists():
+        latents, captions = [], []
+        rng = random.Random(args.seed)
+        with torch.no_grad(), tqdm(total=args.scenes, desc="latents") as bar:
+            while len(captions) < args.scenes:
+                scenes = [sample_scene(rng, held_out=False) for _ in range(100)]
+                latents.append(autoencoder.encode(pixels(scenes)).latent_dist.mode().half())
+                captions += [caption(scene) for scene in scenes]
+                bar.update(len(scenes))
+        ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        temporary = path.with_suffix(".tmp")
+        save_file({"latents": torch.cat(latents), "ids": ids.to(torch.int16)}, temporary)
+        temporary.rename(path)
+    cache = load_file(path)
+    return cache["latents"] * autoencoder.config.scaling_factor, cache["ids"]
+
+
+def train_denoiser(args: argparse.Namespace) -> None:
+    """Stage 2: text encoder and UNet jointly on cached latents; writes ``OUTPUT/model`` from the averaged weights."""
+    torch.manual_seed(args.seed)
+    autoencoder = AutoencoderKL.from_pretrained(args.output / "vae")
+    tokenizer = build_tokenizer()
+    text_encoder, unet = build_text_encoder(len(tokenizer), tokenizer.eos_token_id), build_unet()
+    scheduler = build_scheduler()
+    latents, ids = encode_scenes(args, autoencoder, tokenizer)
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+
+    modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    optimizer = torch.optim.AdamW(modules.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    ema = EMAModel(modules.parameters(), decay=args.ema_decay)
+    checkpoint = Checkpoint(args.output / "checkpoint", dict(modules.items()), optimizer, ema)
+    first = checkpoint.load()
+    ema.optimization_step = first
+
+    def loss_of(noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        embeds = text_encoder(ids)[0]
+        return F.mse_loss(unet(noisy, timesteps, embeds, return_dict=False)[0].float(), target)
+
+    step_loss = torch.compile(loss_of) if args.compile else loss_of
+    began = time.monotonic()
+    with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="denoiser") as bar:
+        for step in bar:
+            # Everything random depends on the step alone, so that a resumed run sees what the first would have seen.
+            draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            picked = torch.randint(len(latents), (args.batch,), generator=draw)
+            clean = latents[picked].float()
+            noise = torch.randn(clean.shape, generator=draw)
+            timesteps = torch.randint(scheduler.config.num_train_timesteps, (args.batch,), generator=draw)
+            dropped = torch.rand(args.batch, generator=draw) < args.caption_dropout
+            tokens = torch.where(dropped[:, None], empty, ids[picked].long())
+            set_lr(optimizer, args.lr, step, args.steps)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                loss = step_loss(
+                    scheduler.add_noise(clean, noise, timesteps),
+                    timesteps,
+                    tokens,
+                    scheduler.get_velocity(clean, noise, timesteps),
+                )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(modules.parameters())
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                checkpoint.save(step + 1)
+            if (step + 1) % args.picture_every == 0:
+                ema.store(modules.parameters())
+                ema.copy_to(modules.parameters())
+                save_pictures(args, assemble(autoencoder, text_encoder, tokenizer, unet, scheduler), step + 1)
+                ema.restore(modules.parameters())
+    ema.copy_to(modules.parameters())
+    pipe = assemble(autoencoder, text_encoder, tokenizer, unet, scheduler)
+    pipe.to(dtype=torch.float16).save_pretrained(args.output / "model")
+    if step_count := args.steps - first:
+        record(args, "denoiser", steps=args.steps, seconds_per_step=(time.monotonic() - began) / step_count)
+
+
+def assemble(autoencoder, text_encoder, tokenizer, unet, scheduler) -> StableDiffusionPipeline:
+    """The parts as a stock pipeline."""
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float, batch: int = 25) -> list:
+    """One picture for each prompt, seeds 0, 1, 2, ..."""
+    images = []
+    for start in tqdm(range(0, len(prompts), batch), desc="drawing", disable=len(prompts) <= batch):
+        part = prompts[start : start + batch]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        images += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+    return images
+
+
+def save_pictures(args: argparse.Namespace, pipe: StableDiffusionPipeline, step: int) -> None:
+    """A grid of 24 held-out captions, and how many of them came out exact, as a quick look at the progress."""
+    prompts = [caption(scene) for scene in sample_scenes(24, HELD_OUT_SEED, held_out=True)]
+    images = draw(pipe, prompts, 20, args.guidance)
+    make_image_grid(images, 3, 8).save(args.output / f"pictures-{step:06d}.png")
+    tqdm.write(f"denoiser step {step}: {shapes.score(images, prompts).exact:.0%} of 24 exact")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """The acceptance numbers of the finished model: exact matches on held-out captions, PSNR of the autoencoder."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.output / "model")
+    pipe.set_progress_bar_config(disable=True)
+    scenes = list(sample_scenes(args.captions, HELD_OUT_SEED + 1, held_out=True))
+    prompts = [caption(scene) for scene in scenes]
+    images = draw(pipe, prompts, 30, args.guidance)
+    make_image_grid(images[:40], 5, 8).save(args.output / "evaluation.png")
+    record(args, "evaluation", psnr=psnr(pipe.vae, scenes), **shapes.score(images, prompts).as_dict())
+
+
+def set_lr(optimizer, peak: float, step: int, steps: int, warmup: int = 200) -> None:
+    """A short linear warm-up, then a linear decay to zero."""
+    factor = min(1.0, (step + 1) / warmup) * (1 - step / steps)
+    for group in optimizer.param_groups:
+        group["lr"] = peak * factor
+
+
+def record(args: argparse.Namespace, stage: str, **facts) -> None:
+    """Add a stage's facts and settings to ``OUTPUT/training.json``."""
+    path = args.output / "training.json"
+    book = json.loads(path.read_text()) if path.exists() else {}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    book[stage] = {**facts, "machine": machine, "settings": settings}
+    path.write_text(json.dumps(book, indent=2))
+    tqdm.write(f"{stage}: {json.dumps(facts)}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder for checkpoints, pictures and the finished model")
+    add("--stage", choices=("all", "autoencoder", "denoiser", "evaluate"), default="all")
+    add("--seed", type=int, default=0)
+    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the training step")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    add("--ae-steps", type=int, default=6000)
+    add("--ae-batch", type=int, default=16)
+    add("--ae-lr", type=float, default=2e-3)
+    add("--kl-weight", type=float, default=1e-3)
+    add("--scenes", type=int, default=100_000, help="training scenes, encoded once")
+    add("--steps", type=int, default=9_000)
+    add("--batch", type=int, default=32)
+    add("--lr", type=float, default=1.2e-3)
+    add("--weight-decay", type=float, default=0.01)
+    add("--ema-decay", type=float, default=0.999)
+    add("--caption-dropout", type=float, default=0.1, help="share of empty captions, for guidance")
+    add("--picture-every", type=int, default=1000, help="steps between picture grids")
+    add("--captions", type=int, default=200, help="held-out captions to evaluate on")
+    add("--guidance", type=float, default=3.0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.stage in ("all", "autoencoder"):
+        train_autoencoder(args)
+    if args.stage in ("all", "denoiser"):
+        train_denoiser(args)
+    if args.stage in ("all", "evaluate"):
+        evaluate(args)
+
+
+if __name__ == "__main__":
+    main()
