@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,13 @@ _SPECK = 0.0025  # of the squared shorter side: the smallest shape there is, a s
 _UNEXPLAINED = 0.01  # of the squared shorter side: four specks' worth
 _SHARED = 0.2  # of a region's pure pixels: a second colour with as many is another object, not an edge or a stain
 _PURE = 0.15  # of a region: even a small, blurred star has more pixels that are purely its colour
-_OVERLAP = 0.85  # a square matches a circle of its area by 0.83
-_MARGIN = 0.03  # between the best and the second best kind
-_RIM = 2  # pixels around a region that its template may touch
+_OVERLAP = 0.85  # a square matches a circle of its area by 0.84
+_CLEAR = 0.8  # of what the second best kind leaves unmatched is the most that the best may
+_RIM = 3  # pixels around a region that its template may touch
 _LARGE = (SIZES["small"][1] + SIZES["large"][0]) / 2
-_SOFTENINGS = (0, 1, 2, 4)  # passes of a binomial filter: a generated picture's edges are up to about 1.4 pixels soft
+_SOFT = (0, 1, 2, 4)  # passes of a binomial filter: a generated picture's edges are up to about 1.4 pixels soft
+_ROUND = (3, 6)  # passes before edges are made hard again: an autoencoder fills a small star's notches, cuts its tips
+_REGROWN = 1.2  # at most this much larger to make up for rounding
 _RIVALS = 8  # found shapes considered for each asked one
 
 _NAMES = tuple(COLORS)
@@ -154,12 +156,13 @@ def read(image: Any) -> Reading:
     if background is None:
         return Reading(None, ())
     labels, colors = _regions(pixels, backdrop, background, _SPECK * side**2)
-    found = tuple(
-        FoundShape(kind, color, float(x / width), float(y / height), float(radius / side), float(overlap))
-        for label, color in enumerate(colors, 1)
-        for kind, x, y, radius, overlap in [_recognise(pixels, backdrop, labels, label, color)]
-    )
-    return Reading(background, found, float((labels < 0).sum() / side**2))
+    found = []
+    for label, color in enumerate(colors, 1):
+        alpha, left, top = _silhouette(pixels, backdrop, labels, label, color)
+        kind, x, y, radius, overlap = _recognise(alpha)
+        place = (float((left + x) / width), float((top + y) / height), float(radius / side))
+        found.append(FoundShape(kind if color else None, color, *place, float(overlap)))
+    return Reading(background, tuple(found), float((labels < 0).sum() / side**2))
 
 
 def judge(image: Any, prompt: str) -> Judgement:
@@ -239,7 +242,7 @@ def _as_picture(image: Any) -> Image.Image:
         array = (array.float() if array.is_floating_point() else array).numpy()
         picture = _from_array(np.moveaxis(array, 0, -1) if array.ndim == 3 else array, tuple(array.shape), floats=True)
     else:
-        raise TypeError(f"image={image!r}: {expected}; open a file with PIL.Image.open.")
+        raise TypeError(f"image is a {type(image).__name__}: {expected}; open a file with PIL.Image.open.")
     if not all(picture.size):
         raise ValueError(f"image is {picture.width}x{picture.height} pixels: {expected} with at least one pixel.")
     return picture
@@ -299,11 +302,11 @@ def _regions(
     kept = areas >= speck
     numbers = np.concatenate([[0], np.where(kept, np.cumsum(kept), -1)])
     labels = np.where(outstanding & (owners == 0), -1, numbers[pieces])
-    return labels, [None if color > len(_NAMES) else _NAMES[color - 1] for color in colors[kept]]
+    return labels, [(*_NAMES, None)[color - 1] for color in colors[kept]]
 
 
 def _owners(pixels: np.ndarray, backdrop: np.ndarray, background: str, speck: float) -> np.ndarray:
-    """For each pixel ``(n, 3)`` of a blob the palette colour (from 1) of the object it belongs to; one more: none."""
+    """For each of a blob's pixels ``(n, 3)`` the number of its object's colour: from 1, the one past the last for none."""
     near = _distances(pixels, _PALETTE) < _NEAR
     near[:, _NAMES.index(background)] = False
     pure = near.sum(0)
@@ -322,47 +325,65 @@ def _blend(pixels: np.ndarray, backdrop: np.ndarray, color: np.ndarray) -> tuple
     return share, np.linalg.norm(pixels - backdrop - share[..., None] * axis, axis=-1)
 
 
-def _recognise(
+def _silhouette(
     pixels: np.ndarray, backdrop: np.ndarray, labels: np.ndarray, label: int, color: str | None
-) -> tuple[str | None, float, float, float, float]:
-    """Kind, centre and radius (pixels) and overlap of one region."""
+) -> tuple[np.ndarray, int, int]:
+    """How much of each pixel in a window around a region is the region's colour, 0 to 1; the window's left and top."""
     mask = labels == label
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, left = max(rows[0] - _RIM, 0), max(columns[0] - _RIM, 0)
     window = np.s_[top : rows[-1] + 1 + _RIM, left : columns[-1] + 1 + _RIM]
     mask, patch = mask[window], pixels[window]
-    if color is None:
-        alpha = mask.astype(np.float32)
-    else:
-        pure = mask & (np.linalg.norm(patch - rgb(color), axis=-1) < _NEAR)
-        alpha, off = _blend(patch, backdrop, np.median(patch[pure], axis=0))
-        # One pixel around the region holds the faint half of its edge; further out there is only noise.
-        alpha = alpha * (off < _NEAR) * (_grown(mask) & (mask | (labels[window] <= 0)))
+    pure = mask & (np.linalg.norm(patch - rgb(color), axis=-1) < _NEAR) if color else mask
+    # One pixel around the region holds the faint half of its edge; further out there is only noise.
+    reach = _grown(mask) & (mask | (labels[window] <= 0))
+    share, off = _blend(patch, backdrop, np.median(patch[pure], axis=0) if pure.any() else rgb(color))
+    alpha = share * (reach & (off < _NEAR))
+    return alpha if alpha.any() else mask.astype(np.float32), left, top
 
+
+def _recognise(alpha: np.ndarray) -> tuple[str | None, float, float, float, float]:
+    """A silhouette's kind, ``None`` if not clear, and the likeliest kind's centre and radius (pixels) and overlap."""
+    overlaps, places = _match(alpha)
+    second, best = np.argsort(overlaps)[-2:]
+    clear = overlaps[best] >= _OVERLAP and 1 - overlaps[best] <= _CLEAR * (1 - overlaps[second])
+    return KINDS[best] if clear else None, *places[best], overlaps[best]
+
+
+def _match(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hold each kind against a silhouette ``(height, width)``, with its centroid and area, as sharp, soft and rounded.
+
+    Returns:
+        The kinds' best overlaps ``(kinds,)`` and where they are reached: x, y and radius in pixels, ``(kinds, 3)``.
+    """
+    height, width = alpha.shape
     area = alpha.sum()
-    x = alpha.sum(0) @ (np.arange(alpha.shape[1]) + 0.5) / area
-    y = alpha.sum(1) @ (np.arange(alpha.shape[0]) + 0.5) / area
-    fits = sorted((_fit(kind, alpha, x, y, area) for kind in KINDS), reverse=True)
-    (overlap, kind, x, y, radius), (second, *_) = fits[:2]
-    clear = color is not None and overlap >= _OVERLAP and overlap - second >= _MARGIN
-    return kind if clear else None, x + left, y + top, radius, overlap
+    x, y = alpha.sum(0) @ (np.arange(width) + 0.5) / area, alpha.sum(1) @ (np.arange(height) + 0.5) / area
+    unit_area, unit_x, unit_y = np.transpose([_moments(kind) for kind in KINDS])
+
+    def places(radii: np.ndarray) -> np.ndarray:
+        return np.stack([x - unit_x * radii, y - unit_y * radii, radii], axis=1)
+
+    def draw(radii: np.ndarray) -> np.ndarray:
+        return np.stack([coverage(kind, *at, width, height) for kind, at in zip(KINDS, places(radii), strict=True)])
+
+    radii = np.sqrt(area / unit_area)
+    sharp = draw(radii)
+    tried = [(radii, _softened(sharp, passes)) for passes in _SOFT]
+    for passes in _ROUND:
+        # Rounding takes area away, which a larger template makes up for.
+        rounded = _hardened(_softened(sharp, passes)).sum((1, 2))
+        larger = radii * np.sqrt(area / np.maximum(rounded, area / _REGROWN**2))
+        tried.append((larger, _hardened(_softened(draw(larger), passes))))
+    overlaps = np.stack([_overlap(alpha, templates) for _, templates in tried])
+    best = overlaps.argmax(0), np.arange(len(KINDS))
+    return overlaps[best], places(np.stack([radii for radii, _ in tried])[best])
 
 
-def _fit(kind: str, alpha: np.ndarray, x: float, y: float, area: float) -> tuple[float, str, float, float, float]:
-    """Overlap, kind, centre and radius of the template that has the silhouette's centroid and area."""
-    unit_area, unit_x, unit_y = _moments(kind)
-    radius = math.sqrt(area / unit_area)
-    x, y = x - unit_x * radius, y - unit_y * radius
-    template = coverage(kind, x, y, radius, alpha.shape[1], alpha.shape[0])
-    # What the template covers beyond the window counts against it.
-    beyond = max(unit_area * radius**2 - template.sum(), 0)
-    overlap = 0.0
-    for passes in range(_SOFTENINGS[-1] + 1):
-        if passes:
-            template = _softened(template)
-        if passes in _SOFTENINGS:
-            overlap = max(overlap, np.minimum(alpha, template).sum() / (np.maximum(alpha, template).sum() + beyond))
-    return overlap, kind, x, y, radius
+def _overlap(alpha: np.ndarray, templates: np.ndarray) -> np.ndarray:
+    """Intersection over union of a silhouette with each of ``(kinds, height, width)`` templates of its area."""
+    beyond = np.maximum(alpha.sum() - templates.sum((1, 2)), 0)  # the window
+    return np.minimum(alpha, templates).sum((1, 2)) / (np.maximum(alpha, templates).sum((1, 2)) + beyond)
 
 
 @cache
@@ -389,12 +410,19 @@ def _grown(mask: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _softened(alpha: np.ndarray) -> np.ndarray:
-    """One pass of the binomial filter 1, 2, 1 along both axes."""
-    for _ in range(2):
-        padded = np.pad(alpha, ((1, 1), (0, 0)))
-        alpha = ((padded[:-2] + padded[2:]) / 4 + padded[1:-1] / 2).T
-    return alpha
+def _softened(templates: np.ndarray, passes: int) -> np.ndarray:
+    """Each of ``(kinds, height, width)`` templates after so many passes of the filter 1, 2, 1 along both axes."""
+    return _binomial(templates.shape[1], passes) @ templates @ _binomial(templates.shape[2], passes)
+
+
+@lru_cache(maxsize=512)
+def _binomial(length: int, passes: int) -> np.ndarray:
+    once = np.eye(length) / 2 + (np.eye(length, k=1) + np.eye(length, k=-1)) / 4
+    return np.linalg.matrix_power(once, passes).astype(np.float32)
+
+
+def _hardened(alpha: np.ndarray) -> np.ndarray:
+    return np.clip(2 * alpha - 0.5, 0, 1)
 
 
 def _connected(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -430,24 +458,29 @@ def _connected(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _pair(asked: Scene, found: tuple[FoundShape, ...]) -> tuple[FoundShape | None, ...]:
     """The found shape that stands for each asked one, ``None`` where there is none: the assignment that agrees best."""
 
-    def agreement(shape: Shape, other: FoundShape) -> tuple[bool, bool, float]:
-        return shape.kind == other.kind and shape.color == other.color, _right_size(shape, other), other.confidence
+    def agreement(shape: Shape, other: FoundShape | None) -> tuple[float, ...]:
+        if other is None:
+            return 0, 0, 0, 0, 0
+        kind, color = shape.kind == other.kind, shape.color == other.color
+        # Where only one of the two can agree it is the kind: pictures mix up colours more easily than shapes.
+        return kind and color, kind or color, kind, _right_size(shape, other), other.confidence
 
     def merit(pairs: tuple[FoundShape | None, ...]) -> tuple[float, ...]:
-        matched = [(shape, other) for shape, other in zip(asked.shapes, pairs, strict=True) if other]
-        full, sizes, confidence = np.sum([agreement(*pair) for pair in matched], axis=0) if matched else (0, 0, 0)
-        kinds = sum(shape.kind == other.kind for shape, other in matched)
-        return full, len(matched), kinds, sizes, _stands(asked.relation, pairs) is True, confidence
+        agreements = [agreement(*pair) for pair in zip(asked.shapes, pairs, strict=True)]
+        *counts, confidence = (sum(column) for column in zip(*agreements, strict=True))
+        return *counts, _stands(asked.relation, pairs) is True, confidence
 
     choices = []
     for shape in asked.shapes:
         akin = [other for other in found if shape.kind == other.kind or shape.color == other.color]
         akin.sort(key=lambda other, shape=shape: agreement(shape, other), reverse=True)
         choices.append([*akin[:_RIVALS], None])
-    distinct = (
-        pairs for pairs in itertools.product(*choices) if len({id(p) for p in pairs if p}) == sum(map(bool, pairs))
+    assignments = (
+        pairs
+        for pairs in itertools.product(*choices)
+        if not any(one is other for one, other in itertools.combinations(filter(None, pairs), 2))
     )
-    return max(distinct, key=merit)
+    return max(assignments, key=merit)
 
 
 def _right_size(asked: Shape, found: FoundShape) -> bool:

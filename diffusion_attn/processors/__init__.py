@@ -1,0 +1,5 @@
+"""Attention processors for diffusers, one file per model family; each takes an op."""
+
+from diffusion_attn.processors.unet import UNetAttnProcessor
+
+__all__ = ["UNetAttnProcessor"]

@@ -1,0 +1,116 @@
+"""The processor of UNets: everything the stock one does, around an exchangeable attention op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffusion_attn.core.errors import UnsupportedModelError
+
+Op = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class UNetAttnProcessor:
+    """Self-attention through ``op``, all other attention exact.
+
+    Keeps the contract of diffusers' ``AttnProcessor2_0``: masks, group and spatial norm, query and key norm, residual
+    and rescale options, fused projections, LoRA. Exact attention goes through diffusers' dispatcher, so that
+    ``set_attention_backend`` and the ``attention_backend`` context work on UNets too.
+
+    Args:
+        op: ``op(q, k, v)`` on ``(batch, heads, tokens, head_dim)``, for example a ``functools.partial`` of
+            ``diffusion_attn.ops.window_attention`` that fixes its grid. ``None`` is exact attention everywhere, which is
+            also what loaders that rebuild processors from their class (``load_ip_adapter``) leave behind: set it after.
+    """
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self, op: Op | None = None) -> None:
+        self.op = op
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention of ``hidden_states`` ``(batch, tokens, channels)`` or ``(batch, channels, height, width)``.
+
+        Raises:
+            UnsupportedModelError: a mask on a layer that ``op`` computes.
+        """
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        size = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
+        if size is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+        if self.op is not None and encoder_hidden_states is None:
+            if attention_mask is not None:
+                raise UnsupportedModelError(
+                    "an attention mask arrived at a self-attention layer that a custom op computes, which knows no masks; "
+                    "drop the mask, or set the stock processor on this layer."
+                )
+            out = self.op(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+        else:
+            out = self._exact(attn, query, key, value, attention_mask)
+        hidden_states = attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+
+        if size is not None:
+            hidden_states = hidden_states.transpose(1, 2).unflatten(2, size)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _exact(
+        self,
+        attn: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], key.shape[0])
+            attention_mask = attention_mask.unflatten(0, (key.shape[0], attn.heads))
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+
+
+def _project(attn: Any, hidden: torch.Tensor, context: torch.Tensor | None) -> list[torch.Tensor]:
+    """Query, key and value, each ``(batch, tokens, heads, head_dim)``."""
+    if context is not None and attn.norm_cross:
+        context = attn.norm_encoder_hidden_states(context)
+    if not attn.fused_projections:
+        source = hidden if context is None else context
+        projected = [attn.to_q(hidden), attn.to_k(source), attn.to_v(source)]
+    elif context is None:
+        projected = list(attn.to_qkv(hidden).chunk(3, dim=-1))
+    else:
+        projected = [attn.to_q(hidden), *attn.to_kv(context).chunk(2, dim=-1)]
+    head_dim = projected[1].shape[-1] // attn.heads
+    query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in projected)
+    # Norms over the head dimension do not mind the layout; stock code applies them head-first.
+    if attn.norm_q is not None:
+        query = attn.norm_q(query.transpose(1, 2)).transpose(1, 2)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key.transpose(1, 2)).transpose(1, 2)
+    return [query, key, value]

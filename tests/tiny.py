@@ -1,0 +1,136 @@
+"""Tiny real pipelines with seeded weights: the layouts of SD 1.5 and SDXL at a size that runs in milliseconds."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffusion_attn.shapes.tokenizer import build_tokenizer
+from tests.golden.seeded import seed_parameters
+
+SD = {
+    "sample_size": 16,
+    "block_out_channels": (8, 16, 24, 32),
+    "layers_per_block": 2,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+}
+SDXL = {
+    "sample_size": 16,
+    "block_out_channels": (8, 16, 24),
+    "layers_per_block": 2,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 24,
+    "attention_head_dim": [1, 2, 3],
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2, 2],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 60,
+}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+PROMPT = "a red star above a blue ring on a white background"
+
+
+def unet(config=SD, **changes):
+    return seed_parameters(UNet2DConditionModel(**{**config, **changes}).eval())
+
+
+def vae():
+    return seed_parameters(
+        AutoencoderKL(
+            sample_size=64,
+            block_out_channels=(4, 4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            norm_num_groups=2,
+            latent_channels=4,
+        ).eval(),
+        gain=0.5,
+    )
+
+
+def text_encoder(cls=CLIPTextModel):
+    tokenizer = build_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=12,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return seed_parameters(cls(config).eval())
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd(**changes):
+    """A Stable Diffusion 1.5 pipeline of native size 64 pixels (16 latent cells)."""
+    return quiet(
+        StableDiffusionPipeline(
+            vae(),
+            text_encoder(),
+            build_tokenizer(),
+            unet(SD, **changes),
+            DDIMScheduler(**SCHEDULE),
+            None,
+            None,
+            requires_safety_checker=False,
+        )
+    )
+
+
+def sdxl(**changes):
+    """An SDXL pipeline of native size 64 pixels (16 latent cells)."""
+    return quiet(
+        StableDiffusionXLPipeline(
+            vae(),
+            text_encoder(),
+            text_encoder(CLIPTextModelWithProjection),
+            build_tokenizer(),
+            build_tokenizer(),
+            unet(SDXL, **changes),
+            DDIMScheduler(**SCHEDULE),
+            add_watermarker=False,
+        )
+    )
+
+
+def controlnet(of):
+    net = ControlNetModel.from_unet(of, conditioning_embedding_out_channels=(4, 8))
+    return seed_parameters(net.eval())
+
+
+def run(pipe, size=128, steps=5, **kwargs):
+    """Final latents of a seeded run."""
+    kwargs.setdefault("prompt", PROMPT)
+    width, height = (size, size) if isinstance(size, int) else size
+    if "image" not in kwargs or "control" in type(pipe).__name__.lower():
+        kwargs.update(height=height, width=width)
+    kwargs.setdefault("output_type", "latent")
+    return pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(3), **kwargs).images
