@@ -1,6 +1,6 @@
 """diffusion-attn: attention methods for diffusers pipelines, switched on by a line and off by a line."""
 
-from diffusion_attn import ops, shapes
+from diffusion_attn import ops, processors, shapes
 from diffusion_attn.core.enable import EnableReport, disable, enable, enabled, using
 from diffusion_attn.core.errors import (
     CheckpointFormatError,
@@ -25,6 +25,7 @@ __all__ = [
     "enable",
     "enabled",
     "ops",
+    "processors",
     "shapes",
     "using",
 ]

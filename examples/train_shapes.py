@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import random
@@ -116,6 +115,7 @@ class Checkpoint:
         self.folder, self.modules, self.optimizer, self.ema = folder, modules, optimizer, ema
 
     def save(self, step: int) -> None:
+        """Write everything beside the last checkpoint, then take its place."""
         temporary = self.folder.with_suffix(".tmp")
         temporary.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}/{k}": v for name, m in self.modules.items() for k, v in m.state_dict().items()}
@@ -135,6 +135,7 @@ class Checkpoint:
             old.rmdir()
 
     def load(self) -> int:
+        """Bring everything back; the number of steps that were done, 0 without a checkpoint."""
         if not self.folder.exists():
             return 0
         tensors = load_file(self.folder / "state.safetensors")
@@ -165,12 +166,11 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 
     def loss_of(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         posterior = autoencoder.encode(images).latent_dist
-        decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample.float()
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample
+        mean, logvar = posterior.mean, posterior.logvar
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + args.kl_weight * kl
 
-    step_loss = torch.compile(loss_of) if args.compile else loss_of
     began = time.monotonic()
     with tqdm(range(first, args.ae_steps), initial=first, total=args.ae_steps, desc="autoencoder") as bar:
         for step in bar:
@@ -181,8 +181,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
             )
             noise = torch.randn(args.ae_batch, 4, SIZE // 4, SIZE // 4)
             set_lr(optimizer, args.ae_lr, step, args.ae_steps)
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                loss = step_loss(images, noise)
+            loss = loss_of(images, noise)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
             optimizer.step()
@@ -193,7 +192,9 @@ def train_autoencoder(args: argparse.Namespace) -> None:
                 checkpoint.save(step + 1)
                 quality = psnr(autoencoder, sample_scenes(100, HELD_OUT_SEED, held_out=True))
                 tqdm.write(f"autoencoder step {step + 1}: {quality:.2f} dB")
-    latents = torch.cat([autoencoder.encode(pixels(list(sample_scenes(50, s)))).latent_dist.mode().detach() for s in range(10)])
+    latents = torch.cat(
+        [autoencoder.encode(pixels(list(sample_scenes(50, s)))).latent_dist.mode().detach() for s in range(10)]
+    )
     autoencoder.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     quality = psnr(autoencoder, sample_scenes(200, HELD_OUT_SEED, held_out=True))
     record(args, "autoencoder", steps=args.ae_steps, seconds=time.monotonic() - began, first_step=first, psnr=quality)
@@ -214,7 +215,7 @@ def encode_scenes(args: argparse.Namespace, autoencoder: AutoencoderKL, tokenize
                 bar.update(len(scenes))
         ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
         temporary = path.with_suffix(".tmp")
-        save_file({"latents": torch.cat(latents), "ids": ids.to(torch.int16)}, temporary)
+        save_file({"latents": torch.cat(latents).contiguous(), "ids": ids.to(torch.int16)}, temporary)
         temporary.rename(path)
     cache = load_file(path)
     return cache["latents"] * autoencoder.config.scaling_factor, cache["ids"]
@@ -239,9 +240,8 @@ def train_denoiser(args: argparse.Namespace) -> None:
 
     def loss_of(noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         embeds = text_encoder(ids)[0]
-        return F.mse_loss(unet(noisy, timesteps, embeds, return_dict=False)[0].float(), target)
+        return F.mse_loss(unet(noisy, timesteps, embeds, return_dict=False)[0], target)
 
-    step_loss = torch.compile(loss_of) if args.compile else loss_of
     began = time.monotonic()
     with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="denoiser") as bar:
         for step in bar:
@@ -254,13 +254,12 @@ def train_denoiser(args: argparse.Namespace) -> None:
             dropped = torch.rand(args.batch, generator=draw) < args.caption_dropout
             tokens = torch.where(dropped[:, None], empty, ids[picked].long())
             set_lr(optimizer, args.lr, step, args.steps)
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                loss = step_loss(
-                    scheduler.add_noise(clean, noise, timesteps),
-                    timesteps,
-                    tokens,
-                    scheduler.get_velocity(clean, noise, timesteps),
-                )
+            loss = loss_of(
+                scheduler.add_noise(clean, noise, timesteps),
+                timesteps,
+                tokens,
+                scheduler.get_velocity(clean, noise, timesteps),
+            )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
             optimizer.step()
@@ -339,27 +338,28 @@ def record(args: argparse.Namespace, stage: str, **facts) -> None:
     path = args.output / "training.json"
     book = json.loads(path.read_text()) if path.exists() else {}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     book[stage] = {**facts, "machine": machine, "settings": settings}
     path.write_text(json.dumps(book, indent=2))
     tqdm.write(f"{stage}: {json.dumps(facts)}")
 
 
 def parse_args() -> argparse.Namespace:
+    """The settings; all of them are recorded beside the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for checkpoints, pictures and the finished model")
     add("--stage", choices=("all", "autoencoder", "denoiser", "evaluate"), default="all")
     add("--seed", type=int, default=0)
     add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the training step")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
-    add("--ae-steps", type=int, default=6000)
+    add("--ae-steps", type=int, default=5000)
     add("--ae-batch", type=int, default=16)
     add("--ae-lr", type=float, default=2e-3)
     add("--kl-weight", type=float, default=1e-3)
-    add("--scenes", type=int, default=100_000, help="training scenes, encoded once")
-    add("--steps", type=int, default=9_000)
+    add("--scenes", type=int, default=40_000, help="training scenes, encoded once")
+    add("--steps", type=int, default=6_000)
     add("--batch", type=int, default=32)
     add("--lr", type=float, default=1.2e-3)
     add("--weight-decay", type=float, default=0.01)
@@ -372,6 +372,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the stages that were asked for."""
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.stage in ("all", "autoencoder"):

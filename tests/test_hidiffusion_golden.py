@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import diffusion_attn as da
 from diffusion_attn.core.context import StepContext
-from diffusion_attn.methods.hidiffusion import _Call, _Hooks, Regime, reduced_control_size, regime
+from diffusion_attn.methods.hidiffusion.hooks import Call, Hooks, reduced_control_size
+from diffusion_attn.methods.hidiffusion.regime import Regime, regime
 from diffusion_attn.methods.unet_layout import Sizes
 from tests.golden.seeded import seed_parameters, seeded_tensor
 
@@ -46,11 +47,11 @@ def check(case, **outputs):
         torch.testing.assert_close(actual, EXPECTED[spec["tensor"]], atol=2e-5, rtol=1e-4)
 
 
-def bare_hooks(options, sizes, regime=Regime(), orders=None):
+def bare_hooks(options, sizes, now=None, orders=None):
     """The method's hooks without a UNet, for one module at a time."""
-    hooks = object.__new__(_Hooks)
+    hooks = object.__new__(Hooks)
     hooks.options, hooks._permutations = options, {}
-    hooks.call = _Call(regime, sizes, orders or {})
+    hooks.call = Call(now or Regime(), sizes, orders or {})
     return hooks
 
 
@@ -140,9 +141,7 @@ def test_whole_unet(case):
             timesteps = case["timestep"] + step - torch.arange(steps)
             da.enable(unet, options, timesteps=timesteps)
         seen = {}
-        handles = [
-            unet.get_submodule(name).register_forward_hook(partial(record_size, seen, name)) for name in sizes
-        ]
+        handles = [unet.get_submodule(name).register_forward_hook(partial(record_size, seen, name)) for name in sizes]
         with torch.no_grad():
             out = unet(x["sample"], case["timestep"], **kwargs).sample
         for handle in handles:
@@ -161,8 +160,12 @@ def record_size(seen, name, module, args, output):
 def test_whole_pipeline():
     (case,) = (case for case in MANIFEST["cases"] if case["kind"] == "pipeline")
     unet = seed_parameters(UNet2DConditionModel(**MANIFEST["configs"][case["config"]]).eval())
-    vae = AutoencoderKL(block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=2)
+    vae = AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+    )
     scheduler = DDIMScheduler(**case["scheduler"]["kwargs"])
     pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

@@ -122,7 +122,8 @@ def sdxl(**changes):
 
 
 def controlnet(of):
-    net = ControlNetModel.from_unet(of, conditioning_embedding_out_channels=(4, 8))
+    # Two stages of the conditioning embedding make four times, as the autoencoder here has it.
+    net = ControlNetModel.from_unet(of, conditioning_embedding_out_channels=(4, 8, 8))
     return seed_parameters(net.eval())
 
 

@@ -21,15 +21,15 @@ class StepContext:
 
     Attributes:
         height, width: of the denoiser's input, in latent cells.
-        step: 0-based position of the call in the timesteps that the run executes; ``None`` without a schedule.
-        steps: how many timesteps the run executes; ``None`` without a schedule.
+        step: 0-based position of the call in the timesteps that the run executes.
+        steps: how many timesteps the run executes; ``0`` without a schedule.
         skipped: timesteps of the schedule before the run's first: above zero for image-to-image runs.
     """
 
     height: int
     width: int
-    step: int | None = None
-    steps: int | None = None
+    step: int = 0
+    steps: int = 0
     skipped: int = 0
 
 
@@ -97,12 +97,12 @@ class Schedule:
         return min(positions, key=lambda position: (position < hint, abs(position - hint)))
 
     def _last(self, scheduler: Any) -> int:
-        """One past the last timestep that the run executes: ``denoising_end`` cuts the list, by the pipelines' rule."""
+        """One past the last timestep that the run executes: ``denoising_end`` cuts the list as the pipelines do."""
         pipeline = self._pipeline() if self._pipeline is not None else None
         end = getattr(pipeline, "denoising_end", None)
         if isinstance(end, float) and 0 < end < 1:
             total = scheduler.config.num_train_timesteps
-            count = sum(t >= int(round(total - end * total)) for t in self._timesteps)
+            count = sum(t >= round(total - end * total) for t in self._timesteps)
             if count > self._first:  # else the value is left over from another run
                 return count
         return len(self._timesteps)

@@ -54,7 +54,7 @@ def enable(target: Any, *methods: Method, timesteps: torch.Tensor | None = None)
     for name, plan in plans.items():
         if not plan.layers:
             raise UnsupportedModelError(
-                f"{name!r} found no layer to work on in {type(denoiser).__name__}; give it a model of a family it serves."
+                f"{name!r} found no layer to work on in {type(denoiser).__name__}; give a model of a family it serves."
             )
     session = Session.of(denoiser)
     kept = {name: on.plan for name, on in session.enabled.items()} if session else {}

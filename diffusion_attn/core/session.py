@@ -78,7 +78,7 @@ class Session:
             delattr(self.denoiser, _ATTRIBUTE)
 
     @torch.compiler.disable
-    def _enter(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _enter(self, denoiser: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         call = bind_call(denoiser, args, kwargs)
         height, width = call["sample"].shape[-2:]
         if self.schedule is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,7 @@ class Sizes:
         adapters: of the place in each down block where a T2I-Adapter's feature is added.
         grids: of the token grid of each transformer, by module name.
         upsampled: of what each upsampler has to deliver, by module name.
-        restored: of what the pooled pair has to be restored to, ``None`` when nothing is pooled.
+        restored: of what the pooled pair has to be restored to, where one is pooled.
     """
 
     skips: tuple[Size, ...]
@@ -28,20 +29,20 @@ class Sizes:
     adapters: tuple[Size, ...]
     grids: dict[str, Size] = field(default_factory=dict)
     upsampled: dict[str, Size] = field(default_factory=dict)
-    restored: Size | None = None
+    restored: Size = (0, 0)
 
 
-def attention_levels(unet: nn.Module) -> list[int]:
+def attention_levels(unet: Any) -> list[int]:
     """The indices of the down blocks that have transformers."""
     return [index for index, block in enumerate(unet.down_blocks) if getattr(block, "attentions", None)]
 
 
-def mirror(unet: nn.Module, level: int) -> int:
+def mirror(unet: Any, level: int) -> int:
     """The index of the up block that works at the resolution of down block ``level``."""
     return len(unet.up_blocks) - 1 - level
 
 
-def self_attentions(unet: nn.Module, level: int) -> Iterator[tuple[str, str, nn.Module]]:
+def self_attentions(unet: Any, level: int) -> Iterator[tuple[str, str, nn.Module]]:
     """``(transformer name, block name, attn1)`` for each transformer block of a level, in execution order."""
     for side in (f"down_blocks.{level}", f"up_blocks.{mirror(unet, level)}"):
         for index, transformer in enumerate(unet.get_submodule(side).attentions):
@@ -50,7 +51,7 @@ def self_attentions(unet: nn.Module, level: int) -> Iterator[tuple[str, str, nn.
                 yield name, f"{name}.transformer_blocks.{depth}", block.attn1
 
 
-def trace_sizes(unet: nn.Module, size: Size, dilated: int | None = None, pooled: int | None = None) -> Sizes:
+def trace_sizes(unet: Any, size: Size, dilated: int | None = None, pooled: int | None = None) -> Sizes:
     """Walk the UNet's levels without computing anything.
 
     Args:
@@ -62,7 +63,7 @@ def trace_sizes(unet: nn.Module, size: Size, dilated: int | None = None, pooled:
     skips, adapters = [size], []
     grids: dict[str, Size] = {}
     upsampled: dict[str, Size] = {}
-    restored = None
+    restored = (0, 0)
     for level, block in enumerate(unet.down_blocks):
         has_attention = bool(getattr(block, "attentions", None))
         for pair in range(len(block.resnets)):

@@ -21,8 +21,8 @@ class UNetAttnProcessor:
 
     Args:
         op: ``op(q, k, v)`` on ``(batch, heads, tokens, head_dim)``, for example a ``functools.partial`` of
-            ``diffusion_attn.ops.window_attention`` that fixes its grid. ``None`` is exact attention everywhere, which is
-            also what loaders that rebuild processors from their class (``load_ip_adapter``) leave behind: set it after.
+            ``diffusion_attn.ops.window_attention`` that fixes its grid. ``None`` is exact attention everywhere, which
+            is what loaders that rebuild processors from their class (``load_ip_adapter``) leave: set yours after them.
     """
 
     _attention_backend: Any = None
@@ -58,8 +58,8 @@ class UNetAttnProcessor:
         if self.op is not None and encoder_hidden_states is None:
             if attention_mask is not None:
                 raise UnsupportedModelError(
-                    "an attention mask arrived at a self-attention layer that a custom op computes, which knows no masks; "
-                    "drop the mask, or set the stock processor on this layer."
+                    "an attention mask arrived at a self-attention layer that a custom op computes, which knows no "
+                    "masks; drop the mask, or set the stock processor on this layer."
                 )
             out = self.op(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
         else:

@@ -1,6 +1,8 @@
-"""The embedded world: scenes drawn by code, their captions, an oracle that reads pictures, and a model trained on them."""
+"""The embedded world: scenes drawn by code, their captions, an oracle that reads pictures, and a trained model."""
 
 from diffusion_attn.shapes.captions import CaptionError, caption, parse_caption
+from diffusion_attn.shapes.models import available, load_pipeline
+from diffusion_attn.shapes.oracle import FoundShape, Judgement, Reading, Score, judge, read, score
 from diffusion_attn.shapes.renderer import render
 from diffusion_attn.shapes.scenes import COLORS, KINDS, RELATIONS, SIZES, Scene, Shape, sample_scene, sample_scenes
 
@@ -10,11 +12,20 @@ __all__ = [
     "RELATIONS",
     "SIZES",
     "CaptionError",
+    "FoundShape",
+    "Judgement",
+    "Reading",
     "Scene",
+    "Score",
     "Shape",
+    "available",
     "caption",
+    "judge",
+    "load_pipeline",
     "parse_caption",
+    "read",
     "render",
     "sample_scene",
     "sample_scenes",
+    "score",
 ]

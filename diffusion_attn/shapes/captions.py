@@ -1,8 +1,8 @@
 """Captions: the fixed grammar in which scenes are described, written and read back.
 
-    caption    = "a" shape [relation "a" shape] "on a" color "background"
-    shape      = ["large" | "small"] color kind
-    relation   = "left of" | "above"
+caption    = "a" shape [relation "a" shape] "on a" color "background"
+shape      = ["large" | "small"] color kind
+relation   = "left of" | "above"
 """
 
 from __future__ import annotations

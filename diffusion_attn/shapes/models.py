@@ -21,7 +21,7 @@ def load_pipeline(name: str = "shapes-sd", **kwargs: Any) -> Any:
         kwargs: passed to ``DiffusionPipeline.from_pretrained``, for example ``dtype=torch.bfloat16``.
 
     Returns:
-        A stock diffusers pipeline (``shapes-sd``: ``StableDiffusionPipeline``), float32 unless ``dtype`` says otherwise.
+        A stock diffusers pipeline (``shapes-sd``: ``StableDiffusionPipeline``), float32 unless ``dtype`` says so.
 
     Raises:
         ValueError: there is no such model.

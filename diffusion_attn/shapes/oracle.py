@@ -1,17 +1,16 @@
 """The oracle: reads from a picture what is in it, and judges pictures against the captions they were made from.
 
-Colours are read by the nearest palette entry, objects as connected regions that stand out from the background, kinds by
-the overlap of their soft silhouettes with what the renderer would have drawn. What fits nothing is reported as
-unreadable, never guessed.
+Colours are read by the nearest palette entry, objects as connected regions that stand out from the background, and
+kinds by the overlap of their soft silhouettes with what the renderer would have drawn. What fits nothing is reported
+as unreadable, never guessed.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,11 @@ from diffusion_attn.shapes.captions import parse_caption
 from diffusion_attn.shapes.renderer import coverage, rgb
 from diffusion_attn.shapes.scenes import COLORS, KINDS, SIZES, Scene, Shape
 
-_WORKING_SIDE = 128  # pixels: a shape is then 15 or more across, and larger pictures only cost time
+_WORKING_SIDE = 128  # pixels: the smallest shape is then 29 across, and more would only cost time
 _FRAME = 0.02  # of the shorter side: scenes keep their shapes out of it
 _FRAME_SHARE = 0.6  # of the frame: a shape that touches the border takes a quarter of it at most
 _SPECK = 0.0025  # of the squared shorter side: the smallest shape there is, a small star, covers 0.018
 _UNEXPLAINED = 0.01  # of the squared shorter side: four specks' worth
-_SHARED = 0.2  # of a region's pure pixels: a second colour with as many is another object, not an edge or a stain
 _PURE = 0.15  # of a region: even a small, blurred star has more pixels that are purely its colour
 _OVERLAP = 0.85  # a square matches a circle of its area by 0.84
 _CLEAR = 0.8  # of what the second best kind leaves unmatched is the most that the best may
@@ -90,9 +88,10 @@ class Judgement:
     """One picture against one caption.
 
     ``asked`` and ``read`` count objects, unreadable ones included. Each asked object is paired with at most one found
-    object that has its kind or its colour: ``wrong_color`` and ``wrong_shape`` count pairs that agree in only the other,
-    ``wrong_size`` pairs whose size is not the named one, ``missing`` and ``extra`` what stayed unpaired. ``relation`` is
-    ``None`` where the caption states none. ``exact``: the picture is readable and shows what was asked and nothing else.
+    object that has its kind or its colour: ``wrong_color`` and ``wrong_shape`` count pairs that agree only in the
+    other, ``wrong_size`` pairs whose size is not the named one, ``missing`` and ``extra`` the unpaired. ``relation``
+    is ``None`` where the caption states none. ``exact``: the picture is readable, shows all that was asked and nothing
+    else.
     """
 
     exact: bool
@@ -289,8 +288,8 @@ def _regions(
     """Label what stands out from the background, one colour a region.
 
     Returns:
-        ``(height, width)`` labels: 0 background, 1.. regions, -1 pieces below ``speck`` pixels; and the regions'
-        colours, ``None`` where no palette colour fits.
+        ``(height, width)`` labels: 0 background, 1.. regions, -1 neither (pieces below ``speck`` pixels, odd colours);
+        and the regions' colours, ``None`` where no palette colour fits.
     """
     outstanding = np.linalg.norm(pixels - backdrop, axis=-1) > _NEAR
     blobs, areas, _ = _connected(outstanding.astype(np.int64))
@@ -306,16 +305,21 @@ def _regions(
 
 
 def _owners(pixels: np.ndarray, backdrop: np.ndarray, background: str, speck: float) -> np.ndarray:
-    """For each of a blob's pixels ``(n, 3)`` the number of its object's colour: from 1, the one past the last for none."""
+    """The colour that each of a blob's pixels ``(n, 3)`` belongs to, numbered from 1; one past the last: none at all.
+
+    Pixels that are no blend of the background with one of the blob's colours belong to nothing, 0.
+    """
     near = _distances(pixels, _PALETTE) < _NEAR
     near[:, _NAMES.index(background)] = False
-    pure = near.sum(0)
-    colors = np.flatnonzero((pure >= max(_SHARED * pure.sum(), _PURE * len(pixels))) & (pure >= speck))
-    if not len(colors):
+    main = int(near.sum(0).argmax())
+    if near[:, main].mean() < _PURE:
         return np.full(len(pixels), len(_NAMES) + 1)
-    # An edge pixel is a blend with the background and may look like a third colour: what counts is the blend.
+    # An edge blends with the background and may look like a third colour: only what is no such blend is an object.
+    _, off = _blend(pixels, backdrop, _PALETTE[main])
+    others = (near & (off > _NEAR / 2)[:, None]).sum(0) >= speck
+    colors = np.union1d(np.flatnonzero(others), main)
     off = np.stack([_blend(pixels, backdrop, _PALETTE[color])[1] for color in colors])
-    return colors[off.argmin(0)] + 1
+    return np.where(off.min(0) < _NEAR, colors[off.argmin(0)] + 1, 0)
 
 
 def _blend(pixels: np.ndarray, backdrop: np.ndarray, color: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -334,10 +338,14 @@ def _silhouette(
     top, left = max(rows[0] - _RIM, 0), max(columns[0] - _RIM, 0)
     window = np.s_[top : rows[-1] + 1 + _RIM, left : columns[-1] + 1 + _RIM]
     mask, patch = mask[window], pixels[window]
-    pure = mask & (np.linalg.norm(patch - rgb(color), axis=-1) < _NEAR) if color else mask
+    if color is None:
+        tint = np.median(patch[mask], axis=0)
+    else:
+        pure = mask & (np.linalg.norm(patch - rgb(color), axis=-1) < _NEAR)
+        tint = np.median(patch[pure], axis=0) if pure.any() else rgb(color)
+    share, off = _blend(patch, backdrop, tint)
     # One pixel around the region holds the faint half of its edge; further out there is only noise.
     reach = _grown(mask) & (mask | (labels[window] <= 0))
-    share, off = _blend(patch, backdrop, np.median(patch[pure], axis=0) if pure.any() else rgb(color))
     alpha = share * (reach & (off < _NEAR))
     return alpha if alpha.any() else mask.astype(np.float32), left, top
 
@@ -365,7 +373,8 @@ def _match(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.stack([x - unit_x * radii, y - unit_y * radii, radii], axis=1)
 
     def draw(radii: np.ndarray) -> np.ndarray:
-        return np.stack([coverage(kind, *at, width, height) for kind, at in zip(KINDS, places(radii), strict=True)])
+        at = zip(KINDS, places(radii), strict=True)
+        return np.stack([coverage(kind, x, y, radius, width, height) for kind, (x, y, radius) in at])
 
     radii = np.sqrt(area / unit_area)
     sharp = draw(radii)
@@ -382,7 +391,8 @@ def _match(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _overlap(alpha: np.ndarray, templates: np.ndarray) -> np.ndarray:
     """Intersection over union of a silhouette with each of ``(kinds, height, width)`` templates of its area."""
-    beyond = np.maximum(alpha.sum() - templates.sum((1, 2)), 0)  # the window
+    # What a template covers beyond the window counts against it.
+    beyond = np.maximum(alpha.sum() - templates.sum((1, 2)), 0)
     return np.minimum(alpha, templates).sum((1, 2)) / (np.maximum(alpha, templates).sum((1, 2)) + beyond)
 
 
@@ -440,7 +450,7 @@ def _connected(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
     joined = [(here, there, (values[here] == values[there]) & (values[here] > 0)) for here, there in neighbours]
     edges = np.concatenate([[index[here][both], index[there][both]] for here, there, both in joined], axis=1)
-    # Union-find on all edges at once: hang each root below the smallest it touches, flatten, keep the edges still open.
+    # Union-find on all edges at once: hang each root below the smallest it touches, flatten, keep what is still open.
     roots = index.ravel().copy()
     while edges.size:
         np.minimum.at(roots, edges.max(0), edges.min(0))
@@ -456,7 +466,7 @@ def _connected(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _pair(asked: Scene, found: tuple[FoundShape, ...]) -> tuple[FoundShape | None, ...]:
-    """The found shape that stands for each asked one, ``None`` where there is none: the assignment that agrees best."""
+    """The found shape that stands for each asked one, ``None`` where none does: the assignment that agrees best."""
 
     def agreement(shape: Shape, other: FoundShape | None) -> tuple[float, ...]:
         if other is None:
@@ -473,8 +483,7 @@ def _pair(asked: Scene, found: tuple[FoundShape, ...]) -> tuple[FoundShape | Non
     choices = []
     for shape in asked.shapes:
         akin = [other for other in found if shape.kind == other.kind or shape.color == other.color]
-        akin.sort(key=lambda other, shape=shape: agreement(shape, other), reverse=True)
-        choices.append([*akin[:_RIVALS], None])
+        choices.append([*sorted(akin, key=partial(agreement, shape), reverse=True)[:_RIVALS], None])
     assignments = (
         pairs
         for pairs in itertools.product(*choices)

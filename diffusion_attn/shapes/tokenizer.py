@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from transformers import CLIPTokenizer
 
@@ -17,7 +18,7 @@ def build_tokenizer() -> CLIPTokenizer:
     words = {word: [*word[:-1], word[-1] + _END] for word in dict.fromkeys(_WORDS)}
     merges: list[tuple[str, str]] = []
     while any(len(pieces) > 1 for pieces in words.values()):
-        pairs = Counter(pair for pieces in words.values() for pair in zip(pieces, pieces[1:], strict=False))
+        pairs = Counter(pair for pieces in words.values() for pair in pairwise(pieces))
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         words = {word: _merge(pieces, best) for word, pieces in words.items()}
@@ -26,7 +27,7 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]
         model_max_length=77,
         pad_token="<|endoftext|>",
     )

@@ -1,0 +1,1 @@
+"""The command line: ``diffusion-attn``, one file per subcommand."""

@@ -1,0 +1,49 @@
+"""How an error is told on the command line: in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from diffusion_attn.core.errors import DiffusionAttnError
+
+_MISSING_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class CommandError(DiffusionAttnError):
+    """What the command line asks for cannot be done; the message names the argument, its value and the remedy."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out, on any device: only CUDA has an exception of its own for it."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MISSING_MEMORY)
+
+
+def sentence(error: BaseException) -> str:
+    """What a user is told of ``error``, on one line."""
+    if is_out_of_memory(error):
+        return (
+            "memory ran out; ask for a smaller --size, halve the weights with --dtype float16, or enable a method "
+            "that needs less, such as --method hidiffusion."
+        )
+    if isinstance(error, argparse.ArgumentError):
+        return _of_argument(str(error))
+    message = " ".join(str(error).split())
+    if isinstance(error, (DiffusionAttnError, ValueError, OSError)) and message:
+        return message
+    return f"{type(error).__name__}: {message or 'no message'}; add --debug to see where it comes from."
+
+
+def _of_argument(message: str) -> str:
+    """jsonargparse's several lines about a value of the wrong type as one; other messages with a pointer to help."""
+    key = re.match(r'Parser key "(.+?)":', message)
+    value = re.search(r"value: (.*)\Z", message, re.DOTALL)
+    if not key or not value:
+        return f"{' '.join(message.split())}; see --help."
+    kinds = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
+    expected = " or ".join("null" if kind == "NoneType" else kind for kind in kinds) or "another value"
+    return f"--{key[1]} {value[1]!r}: expected {expected}; see --help."

@@ -1,0 +1,58 @@
+"""The command ``diffusion-attn``: its subcommands, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from diffusion_attn.cli import generate, info
+from diffusion_attn.cli.errors import sentence
+from diffusion_attn.version import __version__
+
+PROGRAM = "diffusion-attn"
+COMMANDS = {"generate": generate, "info": info}
+"""The subcommands: modules with ``add_arguments(parser)`` and ``run(args) -> exit code``."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` (by default the process's own) and return the exit code.
+
+    0: done; 2: an error, told in one sentence on stderr; 130: interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except SystemExit as end:  # --help, --version
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; finished files are kept.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"{PROGRAM}: error: {sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    parser = _parser(PROGRAM, "Attention methods for diffusers pipelines.", version=__version__)
+    commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        description = (command.__doc__ or "").strip()
+        subparser = _parser(f"{PROGRAM} {name}", description)
+        command.add_arguments(subparser)
+        commands.add_subcommand(name, subparser, help=description.rstrip("."))
+    args = parser.parse_args(argv)
+    if args.subcommand is None:
+        parser.print_help()
+        return 2
+    return COMMANDS[args.subcommand].run(args[args.subcommand])
+
+
+def _parser(prog: str, description: str, **kwargs: Any) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False, **kwargs)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser

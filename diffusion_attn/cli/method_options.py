@@ -1,0 +1,121 @@
+"""The methods of the registry on the command line: ``--method NAME`` and a flag for each option of each method."""
+
+from __future__ import annotations
+
+import argparse
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import json
+import operator
+import re
+import sys
+import types
+import typing
+from typing import Any
+
+from diffusion_attn.cli.errors import CommandError
+from diffusion_attn.core.method import Method
+from diffusion_attn.methods import METHODS
+
+
+def add_method_options(parser: Any) -> None:
+    """Add ``--method`` and, in a group for each method, ``--NAME.OPTION`` for each field of its dataclass.
+
+    Options stay out of the parsed arguments unless they are given, so that a method's own defaults hold.
+    """
+    parser.add_argument(
+        "--method",
+        type=str,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help=f"methods to enable: {', '.join(METHODS)}; none: the plain model",
+    )
+    for name, method in METHODS.items():
+        _, docs = read_docstring(method)
+        group = parser.add_argument_group(f"options of --method {name}", describe(method))
+        hints = typing.get_type_hints(method)
+        for option in dataclasses.fields(method):
+            kind = command_line_type(hints[option.name])
+            if kind is None or not option.init:
+                continue
+            text = f"{docs.get(option.name, '')} Default: {_show(option.default)}".strip()
+            group.add_argument(f"--{name}.{option.name}", type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def build_methods(names: list[str], args: Any) -> list[Method]:
+    """The methods of ``names`` with the options in ``args``, the parsed arguments.
+
+    Raises:
+        CommandError: a name is unknown or twice there, options belong to a method that is not asked for, or the method
+            refuses its options.
+    """
+    for name in names:
+        if name not in METHODS:
+            hint = "; prompts come before --method" if " " in name else ""
+            raise CommandError(f"--method {name!r} is not a method; there are: {', '.join(METHODS)}{hint}.")
+        if names.count(name) > 1:
+            raise CommandError(f"--method {name!r} is given {names.count(name)} times; give it once.")
+    given = {name: vars(args[name]) for name in METHODS if name in args}
+    for name, options in given.items():
+        if name not in names:
+            raise CommandError(
+                f"--{name}.{next(iter(options))} belongs to a method that is not enabled; add --method {name}, or "
+                "leave the option out."
+            )
+    try:
+        return [METHODS[name](**given.get(name, {})) for name in names]
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"options of --method {' '.join(names)}: {error}") from error
+
+
+def describe(method: type) -> str:
+    """What a method is, in the first paragraph of its file."""
+    return read_docstring(sys.modules[method.__module__])[0]
+
+
+def command_line_type(hint: Any) -> Any:
+    """The part of a type that can be written on a command line, ``None`` if there is none.
+
+    Callables cannot. In a union ``str`` comes last: it takes everything, and jsonargparse takes the first that fits.
+    """
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [
+        kind
+        for kind in (typing.get_args(hint) if union else (hint,))
+        if collections.abc.Callable not in (kind, typing.get_origin(kind))
+    ]
+    if not set(kinds) - {type(None)}:
+        return None
+    return functools.reduce(operator.or_, sorted(kinds, key=lambda kind: kind is str))
+
+
+def read_docstring(documented: Any) -> tuple[str, dict[str, str]]:
+    """The first paragraph of a Google-style docstring, and what its ``Args`` say of each argument."""
+    text = inspect.getdoc(documented) or ""
+    summary = text.split("\n\n")[0]
+    docs: dict[str, str] = {}
+    names: list[str] = []
+    _, _, body = text.partition("Args:\n")
+    for line in body.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if entry := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            names = entry[1].split(", ")
+            docs.update(dict.fromkeys(names, _plain(entry[2])))
+        elif line.strip():
+            docs.update({name: f"{docs[name]} {_plain(line)}" for name in names})
+    return " ".join(_plain(summary).split()), docs
+
+
+def _plain(text: str) -> str:
+    return text.strip().replace("`", "")
+
+
+def _show(default: Any) -> str:
+    if default is dataclasses.MISSING:
+        return "none, it must be given."
+    return f"{default if isinstance(default, str) else json.dumps(default)}."

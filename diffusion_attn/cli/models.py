@@ -1,0 +1,143 @@
+"""The model of ``--model``: found, loaded, and asked for its native size and defaults."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from diffusion_attn.cli.errors import CommandError, is_out_of_memory
+from diffusion_attn.cli.quiet import silence
+from diffusion_attn.core.errors import UnsupportedModelError
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_NEEDED = ("prompt", "width", "height", "num_inference_steps", "generator")
+_EMBEDDED_STEPS, _EMBEDDED_GUIDANCE = 30, 3.0  # what the embedded models are evaluated with
+
+
+def check_model(model: str) -> None:
+    """Refuse, before anything is loaded, a ``model`` that cannot be one.
+
+    Raises:
+        CommandError: it is neither an embedded model, nor a diffusers folder, nor of the form of a Hub id.
+    """
+    from diffusion_attn.shapes.models import available
+
+    path = Path(model).expanduser()
+    if model in available() or (path / "model_index.json").is_file():
+        return
+    if path.is_dir():
+        raise CommandError(
+            f"--model {model!r} is a folder without model_index.json, so not a diffusers pipeline; give the folder "
+            "that save_pretrained wrote."
+        )
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise CommandError(
+            f"--model {model!r} was not found: it is no folder here, and no embedded model (there are: "
+            f"{', '.join(available()) or 'none'}); give one of these, or a Hub id of the form owner/name."
+        )
+
+
+def load_model(model: str, dtype: Any, device: Any) -> Any:
+    """Load a pipeline onto ``device``: an embedded one, a local folder's or the Hub's, in this order.
+
+    Raises:
+        CommandError: it cannot be loaded.
+        UnsupportedModelError: it does not make pictures from prompts.
+    """
+    from diffusion_attn.shapes.models import load_pipeline
+
+    path = Path(model).expanduser()
+    try:
+        if _is_embedded(model):
+            with silence():  # it takes a moment only, not worth several progress bars
+                pipe = load_pipeline(model, dtype=dtype)
+        else:
+            from diffusers import DiffusionPipeline
+
+            pipe = DiffusionPipeline.from_pretrained(path if path.is_dir() else model, dtype=dtype)
+        pipe.to(device)
+    except Exception as error:  # loaders raise whatever the broken file or the connection made them raise
+        if is_out_of_memory(error):
+            raise
+        remedy = "check the folder" if path.is_dir() else "check the name and the connection, or give a local folder"
+        raise CommandError(f"--model {model!r} could not be loaded ({_reason(error)}); {remedy}.") from error
+    missing = [name for name in _NEEDED if name not in _parameters(pipe)]
+    if missing:
+        raise UnsupportedModelError(
+            f"--model {model!r} is a {type(pipe).__name__}, whose call takes no {missing[0]!r}; give a text-to-image "
+            "pipeline."
+        )
+    return pipe
+
+
+def native_size(pipe: Any) -> Size:
+    """Width and height in pixels that the model was trained at: its sample size in latent cells, decoded.
+
+    Raises:
+        CommandError: the model does not tell.
+    """
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    config = getattr(denoiser, "config", None)
+    cells = getattr(config, "sample_size", None) or getattr(pipe, "default_sample_size", None)
+    if cells is None:
+        raise CommandError("--size is needed: this model does not record the size it was trained at.")
+    height, width = (cells, cells) if isinstance(cells, int) else cells
+    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+
+
+def check_size(pipe: Any, size: Size) -> None:
+    """Refuse sizes that the model cannot draw.
+
+    Raises:
+        CommandError: names the nearest size that it can.
+    """
+    processor = getattr(pipe, "image_processor", None)
+    scale = processor.config.vae_scale_factor if processor is not None else pipe.vae_scale_factor
+    step = math.lcm(scale, 8)  # stock pipelines ask for multiples of 8, however finely the autoencoder divides
+    if any(side % step for side in size):
+        width, height = (max(step, round(side / step) * step) for side in size)
+        raise CommandError(
+            f"--size {size[0]}x{size[1]}: sides have to be multiples of {step} pixels with this model; the nearest "
+            f"such size is {width}x{height}."
+        )
+
+
+def default_steps(pipe: Any, model: str) -> int:
+    """Steps of a run unless ``--steps`` says otherwise: the pipeline's own default, fewer for embedded models."""
+    return _EMBEDDED_STEPS if _is_embedded(model) else _parameters(pipe)["num_inference_steps"].default
+
+
+def guidance_of(pipe: Any, model: str, asked: float | None) -> float | None:
+    """The guidance scale of a run: what is ``asked``, else the model's default; ``None`` if there is no such thing.
+
+    Raises:
+        CommandError: one is asked of a pipeline that has none.
+    """
+    parameter = _parameters(pipe).get("guidance_scale")
+    if parameter is None and asked is not None:
+        raise CommandError(f"--guidance {asked}: a {type(pipe).__name__} takes no guidance scale; leave it out.")
+    if asked is not None or parameter is None:
+        return asked
+    return _EMBEDDED_GUIDANCE if _is_embedded(model) else parameter.default
+
+
+def _is_embedded(model: str) -> bool:
+    from diffusion_attn.shapes.models import available
+
+    return model in available()
+
+
+def _parameters(pipe: Any) -> Any:
+    return inspect.signature(pipe.__call__).parameters
+
+
+def _reason(error: Exception) -> str:
+    """The first clause of a loader's message, which may run over many lines."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r"\. | \(", message)[0][:300].rstrip(".")

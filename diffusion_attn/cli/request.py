@@ -1,0 +1,149 @@
+"""What `generate` is asked for, checked as far as it can be before a model is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_attn.cli.errors import CommandError
+from diffusion_attn.cli.files import prepare_folder
+from diffusion_attn.cli.method_options import add_method_options, build_methods
+from diffusion_attn.cli.models import Size, check_model
+from diffusion_attn.core.method import Method
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `generate`, valid and with defaults filled in; ``None`` is left to the model.
+
+    ``size`` is ``(width, height)`` in pixels.
+    """
+
+    prompts: tuple[str, ...]
+    model: str
+    methods: tuple[Method, ...]
+    size: Size | None
+    steps: int | None
+    guidance: float | None
+    seed: int
+    num_images: int
+    output: Path
+    compare: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def pictures(self) -> list[tuple[str, int]]:
+        """``(prompt, seed)`` of each picture: image ``i`` of each prompt is drawn from ``seed + i``."""
+        return [(prompt, self.seed + i) for prompt in self.prompts for i in range(self.num_images)]
+
+
+def add_request_arguments(parser: Any) -> None:
+    """Add the arguments that `read_request` reads."""
+    add = parser.add_argument
+    add("prompt", type=str, nargs="*", default=[], metavar="PROMPT", help="what to draw; one or more")
+    add("--prompts", type=str, metavar="FILE", help="text file of further prompts, one a line")
+    add(
+        "--model",
+        type=str,
+        default="shapes-sd",
+        metavar="ID_OR_FOLDER",
+        help="an embedded model, a local diffusers folder or a Hub id",
+    )
+    add_method_options(parser)
+    add("--size", type=str, metavar="N|WxH", help="pixels, 128 or 192x128 (wide x high); by default the native size")
+    add("--steps", type=int, help="denoising steps; by default what the model recommends")
+    add("--guidance", type=float, help="guidance scale, 1 is none; by default what the model recommends")
+    add("--seed", type=int, default=0, help="image i of each prompt is drawn from seed + i")
+    add("--num-images", type=int, default=1, metavar="N", help="images per prompt")
+    add("--output", type=str, default="outputs", metavar="DIR", help="folder of the pictures")
+    add("--compare", action="store_true", help="draw everything without the methods too, side by side in one picture")
+    add("--dtype", choices=list(_DTYPES), help="of the weights; by default float16 on CUDA, float32 elsewhere")
+    add("--device", type=str, help="for example cpu, cuda, cuda:1, mps; by default the best there is")
+
+
+def read_request(args: Any) -> Request:
+    """The parsed arguments as a `Request`; makes the output folder.
+
+    Raises:
+        CommandError: an argument is not what it should be.
+    """
+    methods = tuple(build_methods(args.method, args))
+    prompts = (*args.prompt, *_read_prompts(args.prompts))
+    if not prompts:
+        raise CommandError("no prompt is given; name at least one, or a file with --prompts.")
+    if args.compare and not methods:
+        raise CommandError("--compare needs something to compare the plain model with; name it with --method.")
+    size = None if args.size is None else parse_size(args.size)
+    for name, least in (("steps", 1), ("num_images", 1), ("seed", 0), ("guidance", 0)):
+        value = getattr(args, name)
+        if value is not None and not (value >= least and math.isfinite(value)):
+            raise CommandError(f"--{name.replace('_', '-')} {value}: expected {least} or more.")
+    if args.seed + args.num_images - 1 > _LARGEST_SEED:
+        raise CommandError(f"--seed {args.seed}: the last image's seed is above {_LARGEST_SEED}; give a smaller one.")
+    device = _device(args.device)
+    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    check_model(args.model)
+    output = Path(args.output).expanduser()
+    prepare_folder(output)
+    return Request(
+        prompts=prompts,
+        model=args.model,
+        methods=methods,
+        size=size,
+        steps=args.steps,
+        guidance=args.guidance,
+        seed=args.seed,
+        num_images=args.num_images,
+        output=output,
+        compare=args.compare,
+        dtype=_DTYPES[dtype],
+        device=device,
+    )
+
+
+def parse_size(text: str) -> Size:
+    """``"128"`` or ``"192x128"`` as ``(width, height)`` in pixels.
+
+    Raises:
+        CommandError: it is neither.
+    """
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text.strip().lower(), re.ASCII)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not all(size):
+        raise CommandError(f"--size {text!r}: expected pixels as N or WIDTHxHEIGHT, for example 128 or 192x128.")
+    return size
+
+
+def _read_prompts(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise CommandError(f"--prompts {path!r} cannot be read ({error.strerror}); give a text file.") from error
+    except UnicodeDecodeError as error:
+        raise CommandError(f"--prompts {path!r} is not UTF-8 text; save it as such.") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _device(name: str | None) -> torch.device:
+    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {name!r} is no device; give for example cpu, cuda, cuda:1 or mps.") from error
+    there = {"cuda": cuda > (device.index or 0), "mps": mps, "meta": False}
+    if not there.get(device.type, True):
+        raise CommandError(f"--device {name!r} is not on this machine; see diffusion-attn info, or leave it out.")
+    return device
