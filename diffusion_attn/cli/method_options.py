@@ -27,7 +27,6 @@ def add_method_options(parser: Any) -> None:
     """
     parser.add_argument(
         "--method",
-        type=str,
         nargs="+",
         action="extend",
         default=[],

@@ -49,7 +49,7 @@ class Request:
 def add_request_arguments(parser: Any) -> None:
     """Add the arguments that `read_request` reads."""
     add = parser.add_argument
-    add("prompt", type=str, nargs="*", default=[], metavar="PROMPT", help="what to draw; one or more")
+    add("prompt", type=str, nargs="*", metavar="PROMPT", help="what to draw; one or more")
     add("--prompts", type=str, metavar="FILE", help="text file of further prompts, one a line")
     add(
         "--model",
@@ -77,7 +77,7 @@ def read_request(args: Any) -> Request:
         CommandError: an argument is not what it should be.
     """
     methods = tuple(build_methods(args.method, args))
-    prompts = (*args.prompt, *_read_prompts(args.prompts))
+    prompts = (*(args.prompt or ()), *_read_prompts(args.prompts))
     if not prompts:
         raise CommandError("no prompt is given; name at least one, or a file with --prompts.")
     if args.compare and not methods:

@@ -71,7 +71,7 @@ def enable(target: Any, *methods: Method, timesteps: torch.Tensor | None = None)
     except BaseException:
         _restore(session, *previous)
         raise
-    _forget_compiled(denoiser)
+    _forget_compiled(target)
     return EnableReport({name: plan.layers for name, plan in plans.items()})
 
 
@@ -92,7 +92,7 @@ def disable(target: Any, *names: str) -> None:
     for name in names or on:
         session.remove(name)
     session.close_if_empty()
-    _forget_compiled(denoiser)
+    _forget_compiled(target)
 
 
 def enabled(target: Any) -> list[Method]:
@@ -113,7 +113,7 @@ def using(target: Any, *methods: Method, timesteps: torch.Tensor | None = None) 
     finally:
         if session := Session.of(denoiser):
             _restore(session, *previous)
-            _forget_compiled(denoiser)
+            _forget_compiled(target)
 
 
 def resolve(target: Any) -> tuple[Any, nn.Module]:
@@ -125,11 +125,7 @@ def resolve(target: Any) -> tuple[Any, nn.Module]:
     from diffusers import DiffusionPipeline
 
     pipeline = target if isinstance(target, DiffusionPipeline) else None
-    denoiser = target
-    if pipeline is not None:
-        denoiser = getattr(pipeline, "unet", None)
-        if denoiser is None:
-            denoiser = getattr(pipeline, "transformer", None)
+    denoiser = _outer_denoiser(target)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
     if not isinstance(denoiser, nn.Module):
         raise UnsupportedModelError(
@@ -137,6 +133,16 @@ def resolve(target: Any) -> tuple[Any, nn.Module]:
             "`transformer`, or that module itself."
         )
     return pipeline, denoiser
+
+
+def _outer_denoiser(target: Any) -> Any:
+    """The denoiser of ``target`` as it is called, with its ``torch.compile`` wrapper if it has one."""
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(target, DiffusionPipeline):
+        return target
+    unet = getattr(target, "unet", None)
+    return unet if unet is not None else getattr(target, "transformer", None)
 
 
 def _check_methods(methods: tuple[Any, ...]) -> None:
@@ -163,7 +169,8 @@ def _restore(session: Session, previous: dict, schedule: Schedule | None) -> Non
     session.close_if_empty()
 
 
-def _forget_compiled(denoiser: nn.Module) -> None:
+def _forget_compiled(target: Any) -> None:
     """Compiled code does not notice hooks that come or go (dynamo does not guard them): have it traced again."""
-    if any(hasattr(module, "_compiled_call_impl") and module._compiled_call_impl for module in denoiser.modules()):
+    outer = _outer_denoiser(target)
+    if hasattr(outer, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in outer.modules()):
         torch.compiler.reset()

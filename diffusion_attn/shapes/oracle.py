@@ -23,8 +23,8 @@ from diffusion_attn.shapes.scenes import COLORS, KINDS, SIZES, Scene, Shape
 _WORKING_SIDE = 128  # pixels: the smallest shape is then 29 across, and more would only cost time
 _FRAME = 0.02  # of the shorter side: scenes keep their shapes out of it
 _FRAME_SHARE = 0.6  # of the frame: a shape that touches the border takes a quarter of it at most
-_SPECK = 0.0025  # of the squared shorter side: the smallest shape there is, a small star, covers 0.018
-_UNEXPLAINED = 0.01  # of the squared shorter side: four specks' worth
+_SPECK = 10  # working pixels: in a picture of four times the training size a small star that was drawn small covers 20
+_UNEXPLAINED = 0.01  # of the squared shorter side
 _PURE = 0.15  # of a region: even a small, blurred star has more pixels that are purely its colour
 _OVERLAP = 0.85  # a square matches a circle of its area by 0.84
 _CLEAR = 0.8  # of what the second best kind leaves unmatched is the most that the best may
@@ -154,7 +154,7 @@ def read(image: Any) -> Reading:
     background, backdrop = _background(pixels)
     if background is None:
         return Reading(None, ())
-    labels, colors = _regions(pixels, backdrop, background, _SPECK * side**2)
+    labels, colors = _regions(pixels, backdrop, background, _SPECK)
     found = []
     for label, color in enumerate(colors, 1):
         alpha, left, top = _silhouette(pixels, backdrop, labels, label, color)
