@@ -11,7 +11,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion_attn.cli import comparison, files, models, oracle
-from diffusion_attn.cli.memory import release_unused_memory
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import Request, add_request_arguments, read_request
 from diffusion_attn.core.enable import using
@@ -124,7 +123,6 @@ def _compare(job: _Job) -> None:
 
 def _draw(job: _Job, methods: tuple[Method, ...], index: int, prompt: str, seed: int) -> tuple[Image.Image, dict]:
     """Draw and save one picture; returns it and what is written beside it."""
-    release_unused_memory()
     with measure(job.request.device) as cost:
         image = _call(job, methods, prompt, seed, job.settings["steps"])
     options = _options(methods)
