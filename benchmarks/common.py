@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -272,12 +269,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
         return "| " + " | ".join(map("{:{}{}}".format, cells, sides, widths)) + " |"
 
     return "\n".join([line(head), line(marks), *map(line, rows)])
-
-
-def release_memory() -> None:
-    """Give memory that the process no longer uses back to the system, so that the next peak is not hidden by it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)

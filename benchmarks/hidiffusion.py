@@ -237,7 +237,6 @@ def time_steps(
     # A round to warm up is thrown away: the first steps of a process pay for thread pools and memory.
     order = [names[(i + shift) % len(names)] for shift in range(-1, args.repeats) for i in range(len(names))]
     for index, name in enumerate(tqdm(order, desc=f"{pixels} px")):
-        common.release_memory()
         with torch.no_grad(), variants[name](unet), measure(args.device) as cost:
             call()
         if index >= len(names):
