@@ -48,7 +48,10 @@ def enable(target: Any, *methods: Method, timesteps: torch.Tensor | None = None)
     """
     pipeline, denoiser = resolve(target)
     _check_methods(methods)
-    schedule = Schedule(pipeline, timesteps) if pipeline is not None or timesteps is not None else None
+    session = Session.of(denoiser)
+    schedule = session.schedule if session else None
+    if pipeline is not None or timesteps is not None:
+        schedule = Schedule(pipeline, timesteps)
     planned = Target(denoiser, pipeline, schedule is not None)
     plans = {method.name: method.plan(planned) for method in methods}
     for name, plan in plans.items():
@@ -56,7 +59,6 @@ def enable(target: Any, *methods: Method, timesteps: torch.Tensor | None = None)
             raise UnsupportedModelError(
                 f"{name!r} found no layer to work on in {type(denoiser).__name__}; give a model of a family it serves."
             )
-    session = Session.of(denoiser)
     kept = {name: on.plan for name, on in session.enabled.items()} if session else {}
     check_conflicts({**kept, **plans})
 
@@ -67,7 +69,7 @@ def enable(target: Any, *methods: Method, timesteps: torch.Tensor | None = None)
             if method.name in session.enabled:
                 session.remove(method.name)
             session.install(method, plans[method.name])
-        session.schedule = schedule or session.schedule
+        session.schedule = schedule
     except BaseException:
         _restore(session, *previous)
         raise

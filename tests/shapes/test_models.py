@@ -1,0 +1,68 @@
+"""The embedded model: stock classes load it, any text is served, and it draws what is asked."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+import diffusion_attn as da
+from diffusion_attn.shapes.models import FOLDER
+from diffusion_attn.shapes.renderer import rasterize
+
+CAPTIONS = 24
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = da.shapes.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_stock_and_small():
+    folder = FOLDER / "shapes-sd"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20e6
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".md"}
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
+    assert type(pipe) is StableDiffusionPipeline and isinstance(pipe.tokenizer, CLIPTokenizer)
+    assert all(p.dtype == torch.float16 for part in (pipe.vae, pipe.unet, pipe.text_encoder) for p in part.parameters())
+    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == 64
+
+
+@pytest.mark.parametrize("prompt", ["", "An astronaut riding a horse!", "ein großer roter Stern 🙂", "a " * 500])
+def test_any_text_is_tokenised(pipe, prompt):
+    ids = pipe.tokenizer(prompt, padding="max_length", truncation=True).input_ids
+    assert len(ids) == 77 and max(ids) < pipe.text_encoder.config.vocab_size
+    image = pipe(prompt, num_inference_steps=1, output_type="np").images
+    assert np.isfinite(image).all()
+
+
+def test_words_of_the_grammar_are_single_tokens(pipe):
+    caption = "a large red star left of a small blue ring on a white background"
+    assert len(pipe.tokenizer(caption).input_ids) == len(caption.split()) + 2
+
+
+def test_the_autoencoder_reconstructs(pipe):
+    scenes = list(da.shapes.sample_scenes(50, seed=99, held_out=True))
+    images = torch.from_numpy(np.stack([rasterize(scene, 64) for scene in scenes])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample.clamp(-1, 1) / 2 + 0.5
+    psnr = -10 * (decoded - images).square().mean((1, 2, 3)).log10()
+    assert psnr.mean() >= 32
+
+
+def test_it_draws_captions_it_never_saw(pipe):
+    prompts = [da.shapes.caption(scene) for scene in da.shapes.sample_scenes(CAPTIONS, seed=98, held_out=True)]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(CAPTIONS)]
+    images = pipe(prompts, num_inference_steps=30, guidance_scale=3.0, generator=generators).images
+    score = da.shapes.score(images, prompts)
+    assert score.exact >= EXACT, score.as_dict()
+
+
+EXACT = 0.75  # of 24 pictures, for a model that reaches 0.9 on 200: three standard deviations below
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"name='shapes-xl' is not an embedded model; there are: shapes-sd"):
+        da.shapes.load_pipeline("shapes-xl")
