@@ -34,8 +34,8 @@ from diffusion_attn.core.context import StepContext
 from diffusion_attn.methods.hidiffusion.regime import regime
 from diffusion_attn.metrics.cost import measure
 from diffusion_attn.shapes.captions import caption
+from diffusion_attn.shapes.judging import score
 from diffusion_attn.shapes.models import load_pipeline
-from diffusion_attn.shapes.oracle import score
 from diffusion_attn.shapes.scenes import sample_scenes
 
 NAME = "hidiffusion"

@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from diffusion_attn.shapes.captions import CaptionError
-from diffusion_attn.shapes.oracle import judge, read
+from diffusion_attn.shapes.judging import judge
+from diffusion_attn.shapes.oracle import read
 
 _FLAWS = ("missing", "extra", "wrong_color", "wrong_shape", "wrong_size")
 

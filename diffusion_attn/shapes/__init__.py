@@ -1,8 +1,9 @@
 """The embedded world: scenes drawn by code, their captions, an oracle that reads pictures, and a trained model."""
 
 from diffusion_attn.shapes.captions import CaptionError, caption, parse_caption
+from diffusion_attn.shapes.judging import Judgement, Score, judge, score
 from diffusion_attn.shapes.models import available, load_pipeline
-from diffusion_attn.shapes.oracle import FoundShape, Judgement, Reading, Score, judge, read, score
+from diffusion_attn.shapes.oracle import FoundShape, Reading, read
 from diffusion_attn.shapes.renderer import render
 from diffusion_attn.shapes.scenes import COLORS, KINDS, RELATIONS, SIZES, Scene, Shape, sample_scene, sample_scenes
 

@@ -1,4 +1,4 @@
-"""The oracle: reads from a picture what is in it, and judges pictures against the captions they were made from.
+"""The oracle: reads from a picture what is in it.
 
 Colours are read by the nearest palette entry, objects as connected regions that stand out from the background, and
 kinds by the overlap of their soft silhouettes with what the renderer would have drawn. What fits nothing is reported
@@ -8,17 +8,15 @@ as unreadable, never guessed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from diffusion_attn.shapes.captions import parse_caption
 from diffusion_attn.shapes.renderer import coverage, rgb
-from diffusion_attn.shapes.scenes import COLORS, KINDS, SIZES, Scene, Shape
+from diffusion_attn.shapes.scenes import COLORS, KINDS, SIZES
 
 _WORKING_SIDE = 128  # pixels: the smallest shape is then 29 across, and more would only cost time
 _FRAME = 0.02  # of the shorter side: scenes keep their shapes out of it
@@ -33,7 +31,6 @@ _LARGE = (SIZES["small"][1] + SIZES["large"][0]) / 2
 _SOFT = (0, 1, 2, 4)  # passes of a binomial filter: a generated picture's edges are up to about 1.4 pixels soft
 _ROUND = (3, 6)  # passes before edges are made hard again: an autoencoder fills a small star's notches, cuts its tips
 _REGROWN = 1.2  # at most this much larger to make up for rounding
-_RIVALS = 8  # found shapes considered for each asked one
 
 _NAMES = tuple(COLORS)
 _PALETTE = np.stack([rgb(name) for name in _NAMES])
@@ -83,57 +80,6 @@ class Reading:
         return known and self.unexplained <= _UNEXPLAINED
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """One picture against one caption.
-
-    ``asked`` and ``read`` count objects, unreadable ones included. Each asked object is paired with at most one found
-    object that has its kind or its colour: ``wrong_color`` and ``wrong_shape`` count pairs that agree only in the
-    other, ``wrong_size`` pairs whose size is not the named one, ``missing`` and ``extra`` the unpaired. ``relation``
-    is ``None`` where the caption states none. ``exact``: the picture is readable, shows all that was asked and nothing
-    else.
-    """
-
-    exact: bool
-    asked: int
-    read: int
-    missing: int
-    extra: int
-    wrong_color: int
-    wrong_shape: int
-    wrong_size: int
-    relation: bool | None
-    background: bool
-    readable: bool
-
-
-@dataclass(frozen=True)
-class Score:
-    """Many pictures against their captions.
-
-    ``exact``, ``background`` and ``readable`` are shares of the pictures (0 to 1), ``relation`` that of the pictures
-    whose caption states one (``None`` where none does); the counts are totals. See `Judgement` for what they count.
-    """
-
-    judgements: tuple[Judgement, ...]
-    exact: float
-    asked: int
-    read: int
-    missing: int
-    extra: int
-    wrong_color: int
-    wrong_shape: int
-    wrong_size: int
-    relation: float | None
-    background: float
-    readable: float
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """The number of pictures and every share and total, ready for JSON."""
-        totals = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "judgements"}
-        return {"images": len(self.judgements), **totals}
-
-
 def read(image: Any) -> Reading:
     """Read what a picture holds.
 
@@ -162,72 +108,6 @@ def read(image: Any) -> Reading:
         place = (float((left + x) / width), float((top + y) / height), float(radius / side))
         found.append(FoundShape(kind if color else None, color, *place, float(overlap)))
     return Reading(background, tuple(found), float((labels < 0).sum() / side**2))
-
-
-def judge(image: Any, prompt: str) -> Judgement:
-    """Judge one picture (see `read`) against the caption it was made from.
-
-    "Left of" and "above" hold where the first centre lies so, and by at least as much as it is off the other way, in
-    fractions of the width and height. Where objects can be paired in several equally good ways, the relation is given
-    the benefit of the doubt.
-
-    Raises:
-        CaptionError: ``prompt`` is not of the grammar.
-    """
-    asked, reading = parse_caption(prompt), read(image)
-    pairs = _pair(asked, reading.shapes)
-    matched = [(shape, found) for shape, found in zip(asked.shapes, pairs, strict=True) if found]
-    wrong_color = sum(shape.color != found.color for shape, found in matched)
-    wrong_shape = sum(shape.kind != found.kind for shape, found in matched)
-    wrong_size = sum(not _right_size(shape, found) for shape, found in matched)
-    missing, extra = len(pairs) - len(matched), len(reading.shapes) - len(matched)
-    relation = _stands(asked.relation, pairs)
-    background = reading.background == asked.background
-    flaws = missing + extra + wrong_color + wrong_shape + wrong_size
-    return Judgement(
-        exact=reading.readable and background and relation is not False and not flaws,
-        asked=len(pairs),
-        read=len(reading.shapes),
-        missing=missing,
-        extra=extra,
-        wrong_color=wrong_color,
-        wrong_shape=wrong_shape,
-        wrong_size=wrong_size,
-        relation=relation,
-        background=background,
-        readable=reading.readable,
-    )
-
-
-def score(images: Any, prompts: str | Iterable[str]) -> Score:
-    """Judge pictures against their captions, one each, and sum up.
-
-    Args:
-        images: pictures (see `read`), or a single one where ``prompts`` is a single string.
-        prompts: captions, as many as there are images.
-
-    Raises:
-        ValueError: there are not as many images as prompts, or none.
-        CaptionError: a prompt is not of the grammar.
-    """
-    images, prompts = ([images], [prompts]) if isinstance(prompts, str) else (_as_list(images), list(prompts))
-    if len(images) != len(prompts) or not images:
-        raise ValueError(
-            f"images and prompts: got {len(images)} and {len(prompts)}, expected as many of each and at least one; "
-            "repeat a prompt for each image made from it."
-        )
-    judgements = tuple(judge(image, prompt) for image, prompt in zip(images, prompts, strict=True))
-    column = {field.name: [getattr(j, field.name) for j in judgements] for field in fields(Judgement)}
-    related = [relation for relation in column.pop("relation") if relation is not None]
-    shares = {name: sum(column.pop(name)) / len(judgements) for name in ("exact", "background", "readable")}
-    totals = {name: sum(values) for name, values in column.items()}
-    return Score(judgements, **shares, **totals, relation=sum(related) / len(related) if related else None)
-
-
-def _as_list(images: Any) -> list[Any]:
-    if isinstance(images, Image.Image):
-        raise TypeError("images is a single picture but prompts is not a single string; pass [image] or one prompt.")
-    return list(images)
 
 
 def _as_picture(image: Any) -> Image.Image:
@@ -463,45 +343,3 @@ def _connected(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     numbers[firsts] = np.arange(1, len(firsts) + 1)
     labels = numbers[roots].reshape(values.shape)
     return labels, np.bincount(labels.ravel(), minlength=len(firsts) + 1)[1:], values.flat[firsts]
-
-
-def _pair(asked: Scene, found: tuple[FoundShape, ...]) -> tuple[FoundShape | None, ...]:
-    """The found shape that stands for each asked one, ``None`` where none does: the assignment that agrees best."""
-
-    def agreement(shape: Shape, other: FoundShape | None) -> tuple[float, ...]:
-        if other is None:
-            return 0, 0, 0, 0, 0
-        kind, color = shape.kind == other.kind, shape.color == other.color
-        # Where only one of the two can agree it is the kind: pictures mix up colours more easily than shapes.
-        return kind and color, kind or color, kind, _right_size(shape, other), other.confidence
-
-    def merit(pairs: tuple[FoundShape | None, ...]) -> tuple[float, ...]:
-        agreements = [agreement(*pair) for pair in zip(asked.shapes, pairs, strict=True)]
-        *counts, confidence = (sum(column) for column in zip(*agreements, strict=True))
-        return *counts, _stands(asked.relation, pairs) is True, confidence
-
-    choices = []
-    for shape in asked.shapes:
-        akin = [other for other in found if shape.kind == other.kind or shape.color == other.color]
-        choices.append([*sorted(akin, key=partial(agreement, shape), reverse=True)[:_RIVALS], None])
-    assignments = (
-        pairs
-        for pairs in itertools.product(*choices)
-        if not any(one is other for one, other in itertools.combinations(filter(None, pairs), 2))
-    )
-    return max(assignments, key=merit)
-
-
-def _right_size(asked: Shape, found: FoundShape) -> bool:
-    return asked.size in (None, found.size)
-
-
-def _stands(relation: str | None, pairs: tuple[FoundShape | None, ...]) -> bool | None:
-    if relation is None:
-        return None
-    first, second = pairs
-    if first is None or second is None:
-        return False
-    dx, dy = second.x - first.x, second.y - first.y
-    along, across = (dx, dy) if relation == "left of" else (dy, dx)
-    return along > 0 and along >= abs(across)

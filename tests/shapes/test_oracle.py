@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from diffusion_attn.shapes.captions import CaptionError, caption
-from diffusion_attn.shapes.oracle import FoundShape, Reading, judge, read, score
+from diffusion_attn.shapes.judging import judge, score
+from diffusion_attn.shapes.oracle import FoundShape, Reading, read
 from diffusion_attn.shapes.renderer import coverage, rasterize, render, rgb
 from diffusion_attn.shapes.scenes import COLORS, KINDS, Scene, Shape, sample_scenes
 
