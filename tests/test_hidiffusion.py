@@ -1,5 +1,6 @@
 """HiDiffusion's identities, limits, and its life beside everything else that touches a pipeline."""
 
+import inspect
 import itertools
 import logging
 from functools import partial
@@ -9,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import diffusion_attn as da
@@ -318,6 +319,41 @@ def test_with_lora(targets):
     before_and_after(change)
 
 
+def test_with_lora_weights_loaded_fused_and_unloaded(tmp_path, reference):
+    source = tiny.sd()
+    torch.manual_seed(0)
+    source.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "conv"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(source.unet)
+    source.save_lora_weights(tmp_path, unet_lora_layers=layers)
+
+    with_lora = before_and_after(lambda pipe: pipe.load_lora_weights(tmp_path))
+    pipe = tiny.sd()
+    da.enable(pipe, da.HiDiffusion())
+    pipe.load_lora_weights(tmp_path)
+    pipe.fuse_lora()
+    close(tiny.run(pipe), with_lora)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    close(tiny.run(pipe), reference)
+
+
+def test_with_perturbed_attention_guidance():
+    def guided(pipe):
+        pag = tiny.quiet(
+            diffusers.AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True, pag_applied_layers=["down_blocks.0"])
+        )
+        return tiny.run(pag, pag_scale=2.0)
+
+    pipe = tiny.sd()
+    plain = guided(pipe)
+    da.enable(pipe, da.HiDiffusion())
+    on = guided(pipe)
+    assert on.isfinite().all() and not torch.allclose(on, plain)
+    assert not torch.allclose(on, tiny.run(pipe))
+    da.disable(pipe)
+    assert torch.equal(guided(pipe), plain)
+
+
 def ip_adapter(unet):
     projections = {}
     for index, name in enumerate(unet.attn_processors):
@@ -531,17 +567,28 @@ def test_control_reduce_needs_a_controlnet():
         da.enable(tiny.sd(), da.HiDiffusion(control_reduce=True))
 
 
-def test_with_t2i_adapter():
-    pipe = tiny.sd()
-    adapter = diffusers.T2IAdapter(in_channels=3, channels=[8, 16, 24, 32], num_res_blocks=1, downscale_factor=4)
-    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
-    parts["adapter"] = seed_parameters(adapter.eval())
-    pipe = tiny.quiet(diffusers.StableDiffusionAdapterPipeline(**parts, requires_safety_checker=False))
-    plain = tiny.run(pipe, image=picture(), height=128, width=128)
-    for options in (da.HiDiffusion(), da.HiDiffusion(t1_ratio=1.0, t2_ratio=1.0)):
+T2I_ADAPTERS = {
+    tiny.sd: ("full_adapter", [8, 16, 24, 32], 4, diffusers.StableDiffusionAdapterPipeline),
+    tiny.sdxl: ("full_adapter_xl", [8, 16, 24, 24], 8, diffusers.StableDiffusionXLAdapterPipeline),
+}
+
+
+@pytest.mark.parametrize("make", T2I_ADAPTERS)
+def test_with_t2i_adapters(make):
+    kind, channels, factor, cls = T2I_ADAPTERS[make]
+    adapter = diffusers.T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=factor, adapter_type=kind)
+    seed_parameters(adapter.eval())
+    accepted = inspect.signature(cls.__init__).parameters
+    parts = {name: part for name, part in make().components.items() if name in accepted}
+    extra = {"requires_safety_checker": False} if make is tiny.sd else {}
+    pipe = tiny.quiet(cls(**parts, adapter=adapter, **extra))
+    kwargs = {"image": picture(), "height": 128, "width": 128}
+    plain = tiny.run(pipe, **kwargs)
+    for options in (da.HiDiffusion(), da.HiDiffusion(t1_ratio=1.0, t2_ratio=1.0, aggressive=False)):
         da.enable(pipe, options)
-        latents = tiny.run(pipe, image=picture(), height=128, width=128)
-        assert latents.isfinite().all() and not torch.allclose(latents, plain)
+        with_feature = tiny.run(pipe, **kwargs)
+        assert with_feature.isfinite().all() and not torch.allclose(with_feature, plain)
+        assert not torch.allclose(with_feature, tiny.run(pipe, **kwargs, adapter_conditioning_scale=0.0))
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
