@@ -2,6 +2,7 @@
 
     python examples/train_shapes.py --output runs/shapes-sd                      # everything, resumes where it stopped
     python examples/train_shapes.py --output runs/shapes-sd --stage evaluate     # the scores alone
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_shapes.py --output runs/shapes-sd   # a process a core
 
 Scenes are drawn by code, so there is no dataset. Each stage writes a checkpoint every `--save-every` steps and
 continues from it; a finished stage is not run again. The result, `OUTPUT/model`, is a folder that
@@ -16,11 +17,13 @@ import os
 import platform
 import random
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -223,34 +226,49 @@ def encode_scenes(args: argparse.Namespace, autoencoder: AutoencoderKL, tokenize
     return cache["latents"] * autoencoder.config.scaling_factor, cache["ids"]
 
 
-def train_denoiser(args: argparse.Namespace) -> None:
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet as one module, so that they are trained, averaged and distributed as one."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The prediction for latents ``(batch, 4, 16, 16)`` under captions of token ids ``(batch, 77)``."""
+        return self.unet(noisy, timesteps, self.text_encoder(ids)[0], return_dict=False)[0]
+
+
+def train_denoiser(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Stage 2: text encoder and UNet jointly on cached latents; writes ``OUTPUT/model`` from the averaged weights."""
     torch.manual_seed(args.seed)
     autoencoder = AutoencoderKL.from_pretrained(args.output / "vae")
     tokenizer = build_tokenizer()
     text_encoder, unet = build_text_encoder(len(tokenizer), tokenizer.eos_token_id), build_unet()
     scheduler = build_scheduler()
-    latents, ids = encode_scenes(args, autoencoder, tokenizer)
+    with accelerator.main_process_first():
+        latents, ids = encode_scenes(args, autoencoder, tokenizer)
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
 
     if args.init is not None:
         text_encoder = CLIPTextModel.from_pretrained(args.init / "text_encoder", dtype=torch.float32)
         unet = UNet2DConditionModel.from_pretrained(args.init / "unet", torch_dtype=torch.float32)
-    modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    optimizer = torch.optim.AdamW(modules.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
-    ema = EMAModel(modules.parameters(), decay=args.ema_decay)
-    checkpoint = Checkpoint(args.output / "checkpoint", dict(modules.items()), optimizer, ema)
+    denoiser = Denoiser(text_encoder, unet).to(accelerator.device)
+    parameters = list(denoiser.parameters())
+    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    ema = EMAModel(parameters, decay=args.ema_decay)
+    checkpoint = Checkpoint(args.output / "checkpoint", dict(denoiser.named_children()), optimizer, ema)
     first = checkpoint.load()
     ema.optimization_step = first
-
-    def loss_of(noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        embeds = text_encoder(ids)[0]
-        return F.mse_loss(unet(noisy, timesteps, embeds, return_dict=False)[0], target)
+    ema.to(accelerator.device)
+    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
 
     began = time.monotonic()
-    with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="denoiser") as bar:
+    hidden = not accelerator.is_main_process
+    with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="denoiser", disable=hidden) as bar:
         for step in bar:
-            # Everything random depends on the step alone, so that a resumed run sees what the first would have seen.
+            # Everything random depends on the step alone: a resumed run sees what the first would have seen, and any
+            # number of processes share the same batch.
             draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             picked = torch.randint(len(latents), (args.batch,), generator=draw)
             clean = latents[picked].float()
@@ -258,32 +276,37 @@ def train_denoiser(args: argparse.Namespace) -> None:
             timesteps = torch.randint(scheduler.config.num_train_timesteps, (args.batch,), generator=draw)
             dropped = torch.rand(args.batch, generator=draw) < args.caption_dropout
             tokens = torch.where(dropped[:, None], empty, ids[picked].long())
-            set_lr(optimizer, args.lr, step, args.steps)
-            loss = loss_of(
-                scheduler.add_noise(clean, noise, timesteps),
-                timesteps,
-                tokens,
-                scheduler.get_velocity(clean, noise, timesteps),
+            noisy, target = (mix(clean, noise, timesteps) for mix in (scheduler.add_noise, scheduler.get_velocity))
+            noisy, timesteps, tokens, target = (
+                x[share].to(accelerator.device) for x in (noisy, timesteps, tokens, target)
             )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+            set_lr(optimizer, args.lr, step, args.steps)
+            loss = F.mse_loss(model(noisy, timesteps, tokens), target)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            ema.step(modules.parameters())
+            ema.step(parameters)
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}")
+            if hidden:
+                continue
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 checkpoint.save(step + 1)
             if (step + 1) % args.picture_every == 0:
-                ema.store(modules.parameters())
-                ema.copy_to(modules.parameters())
+                ema.store(parameters)
+                ema.copy_to(parameters)
                 save_pictures(args, assemble(autoencoder, text_encoder, tokenizer, unet, scheduler), step + 1)
-                ema.restore(modules.parameters())
-    ema.copy_to(modules.parameters())
+                ema.restore(parameters)
+    if hidden:
+        return
+    ema.copy_to(parameters)
     pipe = assemble(autoencoder, text_encoder, tokenizer, unet, scheduler)
-    pipe.to(dtype=torch.float16).save_pretrained(args.output / "model")
+    pipe.to("cpu", torch.float16).save_pretrained(args.output / "model")
     if step_count := args.steps - first:
-        record(args, "denoiser", steps=args.steps, seconds_per_step=(time.monotonic() - began) / step_count)
+        seconds = (time.monotonic() - began) / step_count
+        processes = accelerator.num_processes
+        record(args, "denoiser", steps=args.steps, seconds_per_step=seconds, processes=processes)
 
 
 def assemble(autoencoder, text_encoder, tokenizer, unet, scheduler) -> StableDiffusionPipeline:
@@ -424,11 +447,14 @@ def main() -> None:
     """Run the stages that were asked for."""
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    # The other processes wait while the first one trains the autoencoder.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
     if args.stage in ("all", "autoencoder"):
-        train_autoencoder(args)
+        with accelerator.main_process_first():
+            train_autoencoder(args)
     if args.stage in ("all", "denoiser"):
-        train_denoiser(args)
-    if args.stage in ("all", "evaluate"):
+        train_denoiser(args, accelerator)
+    if args.stage in ("all", "evaluate") and accelerator.is_main_process:
         evaluate(args)
 
 
