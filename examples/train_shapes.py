@@ -56,13 +56,17 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def build_text_encoder(vocab_size: int, eos_token_id: int) -> CLIPTextModel:
-    """Two layers of CLIP's text transformer."""
+    """Four layers of CLIP's text transformer.
+
+    Its attention is causal, so the first shape's words cannot know how it stands to the second: what follows the caption
+    has to gather that, which takes depth.
+    """
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocab_size,
-            hidden_size=96,
-            intermediate_size=384,
-            num_hidden_layers=2,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=77,
             bos_token_id=eos_token_id - 1,
@@ -78,7 +82,7 @@ def build_unet() -> UNet2DConditionModel:
         sample_size=SIZE // 4,
         block_out_channels=(48, 96, 96, 96),
         layers_per_block=1,
-        cross_attention_dim=96,
+        cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=16,
     )
@@ -345,7 +349,7 @@ def save_pictures(args: argparse.Namespace, pipe: StableDiffusionPipeline, step:
 
 def evaluate(args: argparse.Namespace) -> None:
     """The acceptance numbers of the finished model: exact matches on held-out captions, PSNR of the autoencoder."""
-    pipe = StableDiffusionPipeline.from_pretrained(args.output / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(args.output / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     scenes = list(sample_scenes(args.captions, HELD_OUT_SEED + 1, held_out=True))
     prompts = [caption(scene) for scene in scenes]
@@ -430,8 +434,8 @@ def parse_args() -> argparse.Namespace:
     add("--ae-lr", type=float, default=2e-3)
     add("--kl-weight", type=float, default=1e-3)
     add("--init", type=Path, help="model folder whose text encoder and UNet to start from, instead of random weights")
-    add("--scenes", type=int, default=40_000, help="training scenes, encoded once")
-    add("--steps", type=int, default=6_000)
+    add("--scenes", type=int, default=80_000, help="training scenes, encoded once")
+    add("--steps", type=int, default=15_000)
     add("--batch", type=int, default=32)
     add("--lr", type=float, default=1.2e-3)
     add("--weight-decay", type=float, default=0.01)

@@ -28,6 +28,7 @@ def load_pipeline(name: str = "shapes-sd", **kwargs: Any) -> Any:
     """
     if name not in available():
         raise ValueError(f"name={name!r} is not an embedded model; there are: {', '.join(available()) or 'none'}.")
+    import torch
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(FOLDER / name, **kwargs)
+    return DiffusionPipeline.from_pretrained(FOLDER / name, **{"dtype": torch.float32, **kwargs})
