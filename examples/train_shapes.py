@@ -58,8 +58,8 @@ def build_autoencoder() -> AutoencoderKL:
 def build_text_encoder(vocab_size: int, eos_token_id: int) -> CLIPTextModel:
     """Four layers of CLIP's text transformer.
 
-    Its attention is causal, so the first shape's words cannot know how it stands to the second: what follows the caption
-    has to gather that, which takes depth.
+    Its attention is causal, so the first shape's words cannot know how it stands to the second: what follows the
+    caption has to gather that, which takes depth.
     """
     return CLIPTextModel(
         CLIPTextConfig(
