@@ -62,8 +62,6 @@ def test_it_draws_captions_it_never_saw(pipe):
     assert score.exact >= EXACT and score.background >= BACKGROUND, score.as_dict()
 
 
-
-
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"name='shapes-xl' is not an embedded model; there are: shapes-sd"):
         da.shapes.load_pipeline("shapes-xl")
