@@ -1,6 +1,6 @@
 """HiDiffusion in numbers: operations, seconds and memory, and what an oracle reads from the pictures.
 
-    python -m benchmarks.hidiffusion flops      # per UNet evaluation, next to the method card's table
+    python -m benchmarks.hidiffusion flops      # per UNet evaluation, next to the official code's
     python -m benchmarks.hidiffusion speed      # seconds and peak memory of one UNet step, behind a parity gate
     python -m benchmarks.hidiffusion quality    # the oracle's table on the embedded model; resumes where it stopped
     python -m benchmarks.hidiffusion report     # docs/results/hidiffusion.md from the committed numbers
@@ -86,7 +86,7 @@ def plain(unet: nn.Module) -> AbstractContextManager:
 
 # ---- flops
 
-CARD = {
+OFFICIAL = {
     ("sd", 1024): {"vanilla": 4.67, "window": 3.39, "D": 1.81, "mean": 2.75, "ratio": 1.70},
     ("sd", 2048): {"vanilla": 42.2, "window": 21.6, "D": 12.6, "D+P": 11.3, "mean": 14.9, "ratio": 2.84},
     ("sdxl", 2048): {"vanilla": 35.9, "window": 30.8, "D": 13.3, "P": 9.97, "mean": 23.0, "ratio": 1.56},
@@ -100,7 +100,7 @@ CARD = {
         "ratio": 3.09,
     },
 }
-"""TFLOP per UNet evaluation as the method card has them (``methods/hidiffusion.md``, section 6)."""
+"""TFLOP per UNet evaluation as the official code has them, counted on the same layouts."""
 
 TOLERANCE = 0.01
 _COLUMNS = {
@@ -114,8 +114,8 @@ _COLUMNS = {
 }
 
 
-def flops_row(layout: Layout, pixels: int, card: dict[str, float]) -> dict[str, Any]:
-    """One line of the card counted again: TFLOP of each regime at the moment it runs, and their mean over a run."""
+def flops_row(layout: Layout, pixels: int, official: dict[str, float]) -> dict[str, Any]:
+    """One line counted again: TFLOP of each regime at the moment it runs, and their mean over a run."""
     unet = layout.build("meta")
 
     steps = schedule(layout, pixels)
@@ -130,16 +130,16 @@ def flops_row(layout: Layout, pixels: int, card: dict[str, float]) -> dict[str, 
         return count(by_default, steps.index(name)) if name in steps else count(hidiffusion(layout, name))
 
     counted = {"vanilla": count(plain), "window": count(hidiffusion(layout, ""))}
-    counted |= {name: count_regime(name) for name in REGIMES if name in card}
+    counted |= {name: count_regime(name) for name in REGIMES if name in official}
     counted["mean"] = sum(counted[name or "window"] for name in steps) / len(steps)
     counted["ratio"] = counted["vanilla"] / counted["mean"]
-    deviation = {name: counted[name] / card[name] - 1 for name in card}
-    return {"model": layout.name, "pixels": pixels, "counted": counted, "card": card, "deviation": deviation}
+    deviation = {name: counted[name] / official[name] - 1 for name in official}
+    return {"model": layout.name, "pixels": pixels, "counted": counted, "official": official, "deviation": deviation}
 
 
 def flops_table(section: dict[str, Any]) -> str:
-    """The counted numbers, the card's, and how far they are apart."""
-    styles = {"counted": "{:.3f}", "card": "{:g}", "deviation": "{:+.2%}"}
+    """The counted numbers, the official code's, and how far they are apart."""
+    styles = {"counted": "{:.3f}", "official": "{:g}", "deviation": "{:+.2%}"}
     lines = [
         [
             f"{row['model']}, {row['pixels']} px",
@@ -155,12 +155,16 @@ def flops_table(section: dict[str, Any]) -> str:
 def flops(args: argparse.Namespace) -> dict[str, Any]:
     """Count operations on the meta device, where only shapes exist."""
     common.check_counter()
-    rows = [flops_row(LAYOUTS[name], pixels, card) for (name, pixels), card in tqdm(CARD.items(), desc="flops")]
+    rows = [
+        flops_row(LAYOUTS[name], pixels, official) for (name, pixels), official in tqdm(OFFICIAL.items(), desc="flops")
+    ]
     section = {**origin(args), "rows": rows}
     worst = max(abs(deviation) for row in rows for deviation in row["deviation"].values())
     if worst > TOLERANCE:
         print(flops_table(section))
-        raise SystemExit(f"a number is {worst:.1%} off the card's, expected {TOLERANCE:.0%} at most; nothing is kept.")
+        raise SystemExit(
+            f"a number is {worst:.1%} off the official code's, expected {TOLERANCE:.0%} at most; nothing is kept."
+        )
     return section
 
 
@@ -447,7 +451,7 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         "Operations per UNet evaluation",
         "TFLOP, batch 1, multiply and add counted separately; matrix products, convolutions and attention as they are "
         "executed on the full-size layouts. D, P and D+P include window attention. The mean is over 50 steps of the "
-        "method's own schedule. *Card* is the method card's table.",
+        "method's own schedule. *Official* is the same count of the official code.",
         flops_table,
     ),
     "speed": (

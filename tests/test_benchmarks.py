@@ -1,4 +1,4 @@
-"""The benchmarks: FLOP counts against the method card, resuming, the report."""
+"""The benchmarks: FLOP counts against the official code's, resuming, the report."""
 
 import json
 
@@ -13,10 +13,10 @@ from benchmarks.common import LAYOUTS, TIMESTEPS
 from diffusion_attn.shapes.tokenizer import build_tokenizer
 
 
-@pytest.mark.parametrize(("layout", "pixels"), hidiffusion.CARD)
+@pytest.mark.parametrize(("layout", "pixels"), hidiffusion.OFFICIAL)
 def test_flops_are_those_of_the_card(layout, pixels):
-    row = hidiffusion.flops_row(LAYOUTS[layout], pixels, hidiffusion.CARD[layout, pixels])
-    assert row["deviation"] == pytest.approx(dict.fromkeys(row["card"], 0.0), abs=hidiffusion.TOLERANCE)
+    row = hidiffusion.flops_row(LAYOUTS[layout], pixels, hidiffusion.OFFICIAL[layout, pixels])
+    assert row["deviation"] == pytest.approx(dict.fromkeys(row["official"], 0.0), abs=hidiffusion.TOLERANCE)
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -140,7 +140,7 @@ def test_speed_and_report(tmp_path, capsys):
     assert all(row["seconds"] > 0 and row["speedup"] > 0 for row in rows)
 
     counted = {"vanilla": 2.0, "window": 1.0, "mean": 1.0, "ratio": 2.0}
-    row = {"model": "SD 1.5", "pixels": 1024, "counted": counted, "card": counted, "deviation": {}}
+    row = {"model": "SD 1.5", "pixels": 1024, "counted": counted, "official": counted, "deviation": {}}
     flops = {"commands": ["python -m benchmarks.hidiffusion flops"], "machine": {"cores": 2}, "rows": [row]}
     common.write_section(output, "flops", flops)
     hidiffusion.main(["report", "--folder", str(tmp_path)])

@@ -206,7 +206,7 @@ def test_a_shift_out_of_range_names_the_block():
         forward(unet, noise(1, 4, 32, 32), 901)
 
 
-# ---- state (card 9.4)
+# ---- state
 
 
 def test_two_sizes_on_one_pipeline_equal_fresh_runs():

@@ -237,7 +237,7 @@ class Hooks:
     # ---- ControlNet
 
     def reduce_control(self, controlnet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        """Show the ControlNet a latent of about the native size (card section 3)."""
+        """Show the ControlNet a latent of about the native size."""
         call = bind_call(controlnet, args, kwargs)
         size = reduced_control_size(tuple(call["sample"].shape[-2:]), self.native)
         scale = call["controlnet_cond"].shape[-1] // call["sample"].shape[-1]

@@ -24,7 +24,7 @@ class HiDiffusion:
     """Options of HiDiffusion; the defaults are the paper's. ``None`` means: by structure, size and run.
 
     Args:
-        raunet: remove duplicated objects: dilate a downsampler, pool a block, early in the run (card's D and P).
+        raunet: remove duplicated objects: dilate a downsampler, pool a block, early in the run.
         window_attention: save time: windowed self-attention at the finest attention level, at every step and size.
         family: ``"sd"`` (SD 1.x, 2.x), ``"sdxl"`` or ``"sdxl-turbo"``; by default the UNet's structure decides.
         t1_ratio: share of the run (0 to 1) in which the family's main switch is on.

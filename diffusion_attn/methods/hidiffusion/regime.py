@@ -1,4 +1,4 @@
-"""When and where HiDiffusion's switches are on: families of UNets and the resolution table (card section 1.5)."""
+"""When and where HiDiffusion's switches are on: families of UNets and the resolution table."""
 
 from __future__ import annotations
 
