@@ -9,7 +9,7 @@ from diffusion_attn.core.errors import (
     MethodConflictError,
     UnsupportedModelError,
 )
-from diffusion_attn.methods import HiDiffusion
+from diffusion_attn.methods import HiDiffusion, LinFusion
 from diffusion_attn.version import __version__
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "EnableReport",
     "GridError",
     "HiDiffusion",
+    "LinFusion",
     "MethodConflictError",
     "UnsupportedModelError",
     "__version__",

@@ -24,9 +24,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.local_sgd import LocalSGD
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from pytorch_optimizer import Muon
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -35,7 +37,7 @@ from diffusion_attn import shapes
 from diffusion_attn.shapes.captions import caption
 from diffusion_attn.shapes.renderer import rasterize
 from diffusion_attn.shapes.scenes import sample_scene, sample_scenes
-from diffusion_attn.shapes.tokenizer import build_tokenizer
+from diffusion_attn.shapes.tokenizer import POSITIONS, build_tokenizer
 
 SIZE = 64  # pixels
 HELD_OUT_SEED = 20_000
@@ -68,7 +70,7 @@ def build_text_encoder(vocab_size: int, eos_token_id: int) -> CLIPTextModel:
             intermediate_size=512,
             num_hidden_layers=4,
             num_attention_heads=4,
-            max_position_embeddings=77,
+            max_position_embeddings=POSITIONS,
             bos_token_id=eos_token_id - 1,
             eos_token_id=eos_token_id,
             pad_token_id=eos_token_id,
@@ -155,11 +157,14 @@ class Checkpoint:
         for key, value in part("optimizer/").items():
             index, name = key.split("/")
             state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        step = int(json.loads((self.folder / "step.json").read_text())["step"])
+        # Muon counts its steps in the groups, AdamW in the state.
+        groups = [{**group, "step": step} for group in self.optimizer.state_dict()["param_groups"]]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.ema is not None:
             shadow = part("ema/")
             self.ema.shadow_params = [shadow[str(i)] for i in range(len(shadow))]
-        return int(json.loads((self.folder / "step.json").read_text())["step"])
+        return step
 
 
 def train_autoencoder(args: argparse.Namespace) -> None:
@@ -189,7 +194,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
                 memory_format=torch.channels_last
             )
             noise = torch.randn(args.ae_batch, 4, SIZE // 4, SIZE // 4)
-            set_lr(optimizer, args.ae_lr, step, args.ae_steps)
+            set_lr(optimizer, step, args.ae_steps)
             loss = loss_of(images, noise)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
@@ -211,7 +216,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 
 
 def encode_scenes(args: argparse.Namespace, autoencoder: AutoencoderKL, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled latents ``(scenes, 4, 16, 16)`` and token ids ``(scenes, 77)`` of the training split, computed once."""
+    """Scaled latents ``(scenes, 4, 16, 16)`` and token ids ``(scenes, positions)`` of the training split, made once."""
     path = args.output / "latents.safetensors"
     if not path.exists():
         latents, captions = [], []
@@ -238,12 +243,35 @@ class Denoiser(torch.nn.Module):
         self.text_encoder, self.unet = text_encoder, unet
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The prediction for latents ``(batch, 4, 16, 16)`` under captions of token ids ``(batch, 77)``."""
+        """The prediction for latents ``(batch, 4, height, width)`` under the token ids ``(batch, positions)``."""
         return self.unet(noisy, timesteps, self.text_encoder(ids)[0], return_dict=False)[0]
 
 
+def build_optimizer(denoiser: Denoiser, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Muon for the weights of hidden layers, Adam for embeddings, vectors and the UNet's first and last convolution.
+
+    At the same time on the clock Muon got about a third further than AdamW in trials, its own cost included.
+    """
+    edges = ("embedding", "conv_in", "conv_out")
+    named = dict(denoiser.named_parameters())
+    hidden = [name for name, p in named.items() if p.ndim >= 2 and not any(edge in name for edge in edges)]
+    others = [p for name, p in named.items() if name not in hidden]
+    shared = {"weight_decay": args.weight_decay}
+    return Muon(
+        [
+            {"params": [named[name] for name in hidden], "use_muon": True, "lr": args.muon_lr, **shared},
+            {"params": others, "use_muon": False, "lr": args.lr, "betas": (0.9, 0.99), **shared},
+        ],
+        use_adjusted_lr=True,
+    )
+
+
 def train_denoiser(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Stage 2: text encoder and UNet jointly on cached latents; writes ``OUTPUT/model`` from the averaged weights."""
+    """Stage 2: text encoder and UNet jointly on cached latents; writes ``OUTPUT/model`` from the averaged weights.
+
+    The first steps run on averaged latents: what words mean and where things go is learned there at a third of the
+    cost, as large models are trained at a small size first.
+    """
     torch.manual_seed(args.seed)
     autoencoder = AutoencoderKL.from_pretrained(args.output / "vae")
     tokenizer = build_tokenizer()
@@ -258,7 +286,7 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator) -> None:
         unet = UNet2DConditionModel.from_pretrained(args.init / "unet", torch_dtype=torch.float32)
     denoiser = Denoiser(text_encoder, unet).to(accelerator.device)
     parameters = list(denoiser.parameters())
-    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    optimizer = build_optimizer(denoiser, args)
     ema = EMAModel(parameters, decay=args.ema_decay)
     checkpoint = Checkpoint(args.output / "checkpoint", dict(denoiser.named_children()), optimizer, ema)
     first = checkpoint.load()
@@ -269,13 +297,18 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     began = time.monotonic()
     hidden = not accelerator.is_main_process
-    with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="denoiser", disable=hidden) as bar:
+    # Without a fast network between processes, exchanging gradients at every step costs more than the step.
+    local = LocalSGD(accelerator, model, args.average_every)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="denoiser", disable=hidden)
+    with bar, local:
         for step in bar:
             # Everything random depends on the step alone: a resumed run sees what the first would have seen, and any
             # number of processes share the same batch.
             draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             picked = torch.randint(len(latents), (args.batch,), generator=draw)
             clean = latents[picked].float()
+            if step < args.coarse_steps:
+                clean = F.avg_pool2d(clean, 2)
             noise = torch.randn(clean.shape, generator=draw)
             timesteps = torch.randint(scheduler.config.num_train_timesteps, (args.batch,), generator=draw)
             dropped = torch.rand(args.batch, generator=draw) < args.caption_dropout
@@ -284,12 +317,13 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator) -> None:
             noisy, timesteps, tokens, target = (
                 x[share].to(accelerator.device) for x in (noisy, timesteps, tokens, target)
             )
-            set_lr(optimizer, args.lr, step, args.steps)
+            set_lr(optimizer, step, args.steps)
             loss = F.mse_loss(model(noisy, timesteps, tokens), target)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            local.step()
             ema.step(parameters)
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -401,11 +435,11 @@ def write_card(args: argparse.Namespace) -> None:
 PARTS = ("vae", "text_encoder", "unet")
 
 
-def set_lr(optimizer, peak: float, step: int, steps: int, warmup: int = 200) -> None:
-    """A short linear warm-up, then a linear decay to zero."""
+def set_lr(optimizer, step: int, steps: int, warmup: int = 200) -> None:
+    """A short linear warm-up to the rate that each group was made with, then a linear decay to zero."""
     factor = min(1.0, (step + 1) / warmup) * (1 - step / steps)
     for group in optimizer.param_groups:
-        group["lr"] = peak * factor
+        group["lr"] = group.setdefault("peak", group["lr"]) * factor
 
 
 def record(args: argparse.Namespace, stage: str, **facts) -> None:
@@ -434,10 +468,18 @@ def parse_args() -> argparse.Namespace:
     add("--ae-lr", type=float, default=2e-3)
     add("--kl-weight", type=float, default=1e-3)
     add("--init", type=Path, help="model folder whose text encoder and UNet to start from, instead of random weights")
-    add("--scenes", type=int, default=80_000, help="training scenes, encoded once")
-    add("--steps", type=int, default=15_000)
-    add("--batch", type=int, default=32)
-    add("--lr", type=float, default=1.2e-3)
+    add("--scenes", type=int, default=60_000, help="training scenes, encoded once")
+    add(
+        "--coarse-steps",
+        type=int,
+        default=2500,
+        help="first of the steps: on latents of half the size, three times as fast",
+    )
+    add("--steps", type=int, default=5500, help="steps in all")
+    add("--batch", type=int, default=64, help="of all processes together")
+    add("--average-every", type=int, default=10, help="steps between averagings of the processes' weights")
+    add("--muon-lr", type=float, default=6e-3)
+    add("--lr", type=float, default=1.2e-3, help="of the parameters that Muon does not serve")
     add("--weight-decay", type=float, default=0.01)
     add("--ema-decay", type=float, default=0.999)
     add("--caption-dropout", type=float, default=0.1, help="share of empty captions, for guidance")
@@ -452,7 +494,9 @@ def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     # The other processes wait while the first one trains the autoencoder.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))]
+    )
     if args.stage in ("all", "autoencoder"):
         with accelerator.main_process_first():
             train_autoencoder(args)

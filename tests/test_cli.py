@@ -133,6 +133,9 @@ BAD_ARGUMENTS = {
     ),
     "option out of range": (["a", "--method", "hidiffusion", "--hidiffusion.t1_ratio", "7"], ["t1_ratio=7", "0 and 1"]),
     "unknown option": (["a", "--method", "hidiffusion", "--hidiffusion.t3", "1"], ["--hidiffusion.t3"]),
+    "weights of no method": (["a", "--method", "hidiffusion", "--weights", "."], ["--weights '.'", "linfusion"]),
+    "no such weights": (["a", "--method", "linfusion", "--weights", "./none"], ["'./none'", "config.json"]),
+    "weights are no option": (["a", "--method", "linfusion", "--linfusion.layers", "1"], ["--linfusion.layers"]),
     "nothing to compare": (["a", "--compare"], ["--compare", "--method"]),
     "no such model": (["a", "--model", "no-such-model"], ["'no-such-model'", "owner/name"]),
     "no such folder": (["a", "--model", "./models/none"], ["'./models/none'", "no folder"]),
@@ -264,6 +267,23 @@ def test_options_of_several_types_take_each_of_them(generate, tmp_path, shift):
     assert generate("a", "--method", "hidiffusion", "--hidiffusion.shift", shift) == 0
     record = json.loads((tmp_path / "out" / "0000-a-seed0-hidiffusion.json").read_text())
     assert record["methods"]["hidiffusion"]["shift"] == shift
+
+
+def test_weights_of_a_method_are_loaded_from_a_folder(generate, model, tmp_path):
+    unet = DiffusionPipeline.from_pretrained(model).unet
+    da.LinFusion.for_model(unet).save_pretrained(tmp_path / "weights")
+    assert generate("a", "--method", "linfusion", "--weights", tmp_path / "weights") == 0
+    stem = tmp_path / "out" / "0000-a-seed0-linfusion"
+    expected = draw(model, "a", 0, [da.LinFusion.from_pretrained(tmp_path / "weights")])
+    assert np.array_equal(pixels(stem.with_suffix(".png")), expected)
+    record = json.loads(stem.with_suffix(".json").read_text())
+    assert record["methods"] == {"linfusion": {"source": str(tmp_path / "weights"), "base_weights": "device"}}
+
+
+def test_without_published_weights_there_is_a_way_out(generate, capsys):
+    assert generate("a", "--method", "linfusion", "--quiet") == 2
+    err = capsys.readouterr().err
+    assert "no published LinFusion weights" in err and "from_pretrained" in err and err.count("\n") == 1
 
 
 def test_a_second_run_gives_the_same_files_and_leaves_others_alone(generate, tmp_path):

@@ -5,13 +5,9 @@ import itertools
 import logging
 from functools import partial
 
-import accelerate
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading
-from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image
 
 import diffusion_attn as da
 from diffusion_attn.core.context import StepContext
@@ -19,24 +15,12 @@ from diffusion_attn.methods.hidiffusion.regime import Regime, regime
 from diffusion_attn.methods.unet_layout import trace_sizes
 from tests import tiny
 from tests.golden.seeded import seed_parameters
+from tests.tiny import forward, noise, picture
 
 
 def close(a, b):
     """Equal up to the rounding of another order of summation, after a few steps on values of about ten."""
     torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
-
-
-def forward(unet, x, timestep=801, **kwargs):
-    text = torch.randn(len(x), 5, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
-    if unet.config.addition_embed_type:
-        ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(len(x), 1)
-        kwargs["added_cond_kwargs"] = {"text_embeds": torch.ones(len(x), 12), "time_ids": ids}
-    with torch.no_grad():
-        return unet(x, timestep, text, **kwargs).sample
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 TEN = torch.arange(901, 0, -100)
@@ -250,91 +234,7 @@ def test_keyword_arguments():
         assert torch.equal(by_name, unet(x, 901, text).sample)
 
 
-# ---- beside others, in either order
-
-
-def before_and_after(change, make=tiny.sd, options=None, size=128, **kwargs):
-    """The change made before enabling and after it gives the same pictures; so does taking the method off again."""
-    options = options or da.HiDiffusion()
-    outputs = []
-    for order in ("before", "after"):
-        pipe = make()
-        if order == "before":
-            change(pipe)
-        da.enable(pipe, options)
-        if order == "after":
-            change(pipe)
-        outputs.append(tiny.run(pipe, size, **kwargs))
-        assert da.enabled(pipe) == [options]
-    da.disable(pipe)
-    plain = make()
-    change(plain)
-    close(tiny.run(pipe, size, **kwargs), tiny.run(plain, size, **kwargs))
-    close(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], tiny.run(plain, size, **kwargs))
-    return outputs[0]
-
-
-@pytest.fixture(scope="module")
-def reference():
-    pipe = tiny.sd()
-    da.enable(pipe, da.HiDiffusion())
-    return tiny.run(pipe)
-
-
-def test_with_fused_projections(reference):
-    close(before_and_after(lambda pipe: pipe.fuse_qkv_projections()), reference)
-
-
-def test_with_attention_slicing(reference):
-    close(before_and_after(lambda pipe: pipe.enable_attention_slicing()), reference)
-
-
-def test_with_processors_set_by_hand(reference):
-    close(before_and_after(lambda pipe: pipe.unet.set_attn_processor(da.processors.UNetAttnProcessor())), reference)
-
-
-def test_with_an_attention_backend(reference):
-    def change(pipe):
-        pipe.unet.set_attn_processor(da.processors.UNetAttnProcessor())
-        for processor in pipe.unet.attn_processors.values():
-            processor._attention_backend = "_native_math"
-
-    close(before_and_after(change), reference)
-
-
-def test_with_freeu():
-    before_and_after(lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4))
-
-
-@pytest.mark.parametrize(
-    "targets", [["to_q", "to_v"], ["conv", "conv1", "to_out.0"]], ids=["attention", "convolutions"]
-)
-def test_with_lora(targets):
-    def change(pipe):
-        torch.manual_seed(0)
-        config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
-        pipe.unet.add_adapter(config)
-
-    before_and_after(change)
-
-
-def test_with_lora_weights_loaded_fused_and_unloaded(tmp_path, reference):
-    source = tiny.sd()
-    torch.manual_seed(0)
-    source.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "conv"], init_lora_weights=False))
-    layers = get_peft_model_state_dict(source.unet)
-    source.save_lora_weights(tmp_path, unet_lora_layers=layers)
-
-    with_lora = before_and_after(lambda pipe: pipe.load_lora_weights(tmp_path))
-    pipe = tiny.sd()
-    da.enable(pipe, da.HiDiffusion())
-    pipe.load_lora_weights(tmp_path)
-    pipe.fuse_lora()
-    close(tiny.run(pipe), with_lora)
-    pipe.unfuse_lora()
-    pipe.unload_lora_weights()
-    close(tiny.run(pipe), reference)
+# ---- beside others (what every method has to live with is in test_matrix.py)
 
 
 def test_with_perturbed_attention_guidance():
@@ -354,68 +254,6 @@ def test_with_perturbed_attention_guidance():
     assert torch.equal(guided(pipe), plain)
 
 
-def ip_adapter(unet):
-    projections = {}
-    for index, name in enumerate(unet.attn_processors):
-        if "attn2" in name:
-            width = unet.get_submodule(name.rsplit(".", 1)[0]).to_q.weight.shape[0]
-            for kind in "kv":
-                projections[f"{index}.to_{kind}_ip.weight"] = noise(width, 12, seed=index) * 0.3
-    image = {"proj.weight": noise(4 * 12, 6), "proj.bias": noise(4 * 12)}
-    image |= {"norm.weight": torch.ones(12), "norm.bias": torch.zeros(12)}
-    return {"image_proj": image, "ip_adapter": projections}
-
-
-def test_with_an_ip_adapter():
-    def change(pipe):
-        pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
-
-    embeds = [torch.cat([torch.zeros(1, 1, 6), noise(1, 1, 6)])]
-    with_adapter = before_and_after(change, ip_adapter_image_embeds=embeds)
-    pipe = tiny.sd()
-    da.enable(pipe, da.HiDiffusion())
-    plain = tiny.run(pipe)
-    assert not torch.allclose(with_adapter, plain)
-    change(pipe)
-    pipe.unload_ip_adapter()
-    close(tiny.run(pipe), plain)
-
-
-def offload_sequentially(pipe):
-    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"), offload_buffers=True)
-
-
-def offload_as_a_whole(pipe):
-    accelerate.cpu_offload_with_hook(pipe.unet, execution_device=torch.device("cpu"))
-
-
-def offload_in_groups(pipe):
-    apply_group_offloading(
-        pipe.unet, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-    )
-
-
-@pytest.mark.parametrize("offload", [offload_sequentially, offload_as_a_whole, offload_in_groups])
-def test_with_offloading(offload, reference):
-    close(before_and_after(offload), reference)
-
-
-def test_offloading_taken_off_again_leaves_the_method(reference):
-    pipe = tiny.sd()
-    offload_sequentially(pipe)
-    da.enable(pipe, da.HiDiffusion())
-    accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
-    close(tiny.run(pipe), reference)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision(dtype):
-    pipe = tiny.sd().to(dtype)
-    da.enable(pipe, da.HiDiffusion())
-    latents = tiny.run(pipe, (144, 104))
-    assert latents.dtype == dtype and latents.isfinite().all()
-
-
 @pytest.mark.parametrize("size", [(192, 128), (72, 264), (136, 136), (104, 184)])
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
 def test_odd_and_oblong_sizes(make, size):
@@ -425,68 +263,7 @@ def test_odd_and_oblong_sizes(make, size):
     assert latents.shape[-2:] == (size[1] // 4, size[0] // 4) and latents.isfinite().all()
 
 
-def count_compilations(run):
-    torch._dynamo.utils.counters.clear()
-    result = run()
-    return result, torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("order", ["before", "after", "in place"])
-def test_compiled_as_a_whole(reference, fresh_dynamo, order):
-    pipe = tiny.sd()
-    if order == "before":
-        pipe.unet = torch.compile(pipe.unet, backend="eager")
-        tiny.run(pipe)
-    da.enable(pipe, da.HiDiffusion())
-    if order == "after":
-        pipe.unet = torch.compile(pipe.unet, backend="eager")
-    if order == "in place":
-        pipe.unet.compile(backend="eager")
-    latents, _ = count_compilations(lambda: tiny.run(pipe))
-    close(latents, reference)
-    again, more = count_compilations(lambda: tiny.run(pipe))
-    close(again, reference)
-    assert more == 0, "a second run of the same regimes compiled again"
-    da.disable(pipe)
-    plain = tiny.run(tiny.sd())
-    assert not torch.allclose(plain, reference)
-    close(tiny.run(pipe), plain)
-
-
-def test_compiled_block_by_block(reference, fresh_dynamo):
-    pipe = tiny.sd()
-    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
-    tiny.run(pipe)
-    da.enable(pipe, da.HiDiffusion())
-    latents, _ = count_compilations(lambda: tiny.run(pipe))
-    close(latents, reference)
-    assert count_compilations(lambda: tiny.run(pipe))[1] == 0
-
-
-def test_trains_with_gradient_checkpointing():
-    grads = []
-    for checkpointing in (False, True):
-        unet = tiny.unet().train()
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
-        da.enable(unet, da.HiDiffusion(t1_ratio=0.7, t2_ratio=0.5), timesteps=TEN)
-        unet(noise(1, 4, 36, 44), 901, noise(1, 5, 12)).sample.square().mean().backward()
-        grads.append(unet.conv_in.weight.grad)
-    close(*grads)
-
-
 # ---- ControlNet, adapters, other pipelines
-
-
-def picture(size=128, mode="RGB"):
-    return Image.effect_mandelbrot((size, size), (-2, -1.5, 1, 1.5), 20).convert(mode)
 
 
 def with_controlnet(make, nets=1):
@@ -589,21 +366,6 @@ def test_with_t2i_adapters(make):
         with_feature = tiny.run(pipe, **kwargs)
         assert with_feature.isfinite().all() and not torch.allclose(with_feature, plain)
         assert not torch.allclose(with_feature, tiny.run(pipe, **kwargs, adapter_conditioning_scale=0.0))
-
-
-@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
-def test_image_to_image_and_inpainting(make):
-    pipe = make()
-    da.enable(pipe, da.HiDiffusion())
-    for auto in (diffusers.AutoPipelineForImage2Image, diffusers.AutoPipelineForInpainting):
-        other = tiny.quiet(auto.from_pipe(pipe))
-        kwargs = {"image": picture(), "strength": 0.8}
-        if auto is diffusers.AutoPipelineForInpainting:
-            kwargs |= {"mask_image": picture(mode="L"), "height": 128, "width": 128}
-        on = tiny.run(other, **kwargs)
-        with_plain = make()
-        plain = tiny.run(tiny.quiet(auto.from_pipe(with_plain)), **kwargs)
-        assert on.isfinite().all() and not torch.allclose(on, plain)
 
 
 def test_inpainting_unet_of_nine_channels():

@@ -11,6 +11,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusion_attn.shapes.tokenizer import build_tokenizer
@@ -135,3 +136,20 @@ def run(pipe, size=128, steps=5, **kwargs):
         kwargs.update(height=height, width=width)
     kwargs.setdefault("output_type", "latent")
     return pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(3), **kwargs).images
+
+
+def forward(unet, x, timestep=801, **kwargs):
+    text = torch.randn(len(x), 5, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    if unet.config.addition_embed_type:
+        ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(len(x), 1)
+        kwargs["added_cond_kwargs"] = {"text_embeds": torch.ones(len(x), 12), "time_ids": ids}
+    with torch.no_grad():
+        return unet(x, timestep, text, **kwargs).sample
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(size=128, mode="RGB"):
+    return Image.effect_mandelbrot((size, size), (-2, -1.5, 1, 1.5), 20).convert(mode)

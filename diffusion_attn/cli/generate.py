@@ -49,6 +49,7 @@ class _Job:
 
     request: Request
     pipe: Any
+    methods: tuple[Method, ...]
     size: models.Size
     settings: dict[str, Any]
     quiet: bool
@@ -68,7 +69,7 @@ class _Job:
     @property
     def variants(self) -> dict[str, tuple[Method, ...]]:
         """What is drawn of each picture: the plain model when comparing, and the model with the methods."""
-        methods = self.request.methods
+        methods = self.methods
         named = {"+".join(method.name for method in methods) or "plain": methods}
         return {"plain": (), **named} if self.request.compare else named
 
@@ -88,10 +89,11 @@ def _prepare(request: Request, quiet: bool) -> _Job:
         "device": str(request.device),
         "versions": _versions(),
     }
-    if request.methods:
-        with using(pipe, *request.methods):
+    methods = tuple(method if isinstance(method, Method) else method(pipe) for method in request.methods)
+    if methods:
+        with using(pipe, *methods):
             pass  # a method that does not serve this model says so before anything is drawn
-    return _Job(request, pipe, size, settings, quiet)
+    return _Job(request, pipe, methods, size, settings, quiet)
 
 
 def _draw_all(job: _Job) -> None:
@@ -113,7 +115,7 @@ def _compare(job: _Job) -> None:
         "prompts": list(request.prompts),
         "seed": request.seed,
         "num_images": request.num_images,
-        "methods": _options(request.methods),
+        "methods": _options(job.methods),
         **job.settings,
     }
     files.save_json(request.output / f"{name}.json", {**settings, **result.as_dict()})
@@ -164,7 +166,11 @@ def _warm_up(job: _Job) -> None:
 
 
 def _options(methods: tuple[Method, ...]) -> dict[str, dict[str, Any]]:
-    return {method.name: {f.name: getattr(method, f.name) for f in fields(cast(Any, method))} for method in methods}
+    """The options of methods, without what their own text leaves out: weights."""
+    return {
+        method.name: {f.name: getattr(method, f.name) for f in fields(cast(Any, method)) if f.repr}
+        for method in methods
+    }
 
 
 def _versions() -> dict[str, str]:

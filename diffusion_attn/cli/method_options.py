@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections.abc
 import dataclasses
 import functools
 import inspect
@@ -13,6 +12,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from diffusion_attn.cli.errors import CommandError
@@ -33,24 +33,34 @@ def add_method_options(parser: Any) -> None:
         metavar="NAME",
         help=f"methods to enable: {', '.join(METHODS)}; none: the plain model",
     )
+    parser.add_argument(
+        "--weights",
+        type=str,
+        metavar="ID_OR_FOLDER",
+        help=f"weights of {' or '.join(_with_weights(METHODS))}: a local folder or a Hub id; by default the published "
+        "ones that belong to the model",
+    )
     for name, method in METHODS.items():
         _, docs = read_docstring(method)
         group = parser.add_argument_group(f"options of --method {name}", describe(method))
         hints = typing.get_type_hints(method)
         for option in dataclasses.fields(method):
             kind = command_line_type(hints[option.name])
-            if kind is None or not option.init:
+            if kind is None or not option.metadata.get("option", True):
                 continue
             text = f"{docs.get(option.name, '')} Default: {_show(option.default)}".strip()
             group.add_argument(f"--{name}.{option.name}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
-def build_methods(names: list[str], args: Any) -> list[Method]:
+def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], Method]]:
     """The methods of ``names`` with the options in ``args``, the parsed arguments.
 
+    A method with weights and no ``--weights`` is left to be made from the pipeline, once that is loaded.
+
     Raises:
-        CommandError: a name is unknown or twice there, options belong to a method that is not asked for, or the method
-            refuses its options.
+        CommandError: a name is unknown or twice there, options or weights belong to a method that is not asked for, or
+            the method refuses its options.
+        DiffusionAttnError: the weights cannot be loaded.
     """
     for name in names:
         if name not in METHODS:
@@ -65,10 +75,28 @@ def build_methods(names: list[str], args: Any) -> list[Method]:
                 f"--{name}.{next(iter(options))} belongs to a method that is not enabled; add --method {name}, or "
                 "leave the option out."
             )
+    with_weights = _with_weights(names)
+    if args.weights is not None and len(with_weights) != 1:
+        raise CommandError(
+            f"--weights {args.weights!r} belongs to one method that has weights; give exactly one of "
+            f"--method {', '.join(_with_weights(METHODS))}, or leave it out."
+        )
     try:
-        return [METHODS[name](**given.get(name, {})) for name in names]
+        return [_build(METHODS[name], given.get(name, {}), args.weights) for name in names]
     except (TypeError, ValueError) as error:
         raise CommandError(f"options of --method {' '.join(names)}: {error}") from error
+
+
+def _build(method: Any, options: dict[str, Any], weights: str | None) -> Method | Callable[[Any], Method]:
+    if not _with_weights([method.name]):
+        return method(**options)
+    if weights is None:
+        return functools.partial(method.for_pipeline, **options)
+    return method.from_pretrained(weights, **options)
+
+
+def _with_weights(names: Iterable[str]) -> list[str]:
+    return [name for name in names if hasattr(METHODS[name], "from_pretrained")]
 
 
 def describe(method: type) -> str:
@@ -85,7 +113,7 @@ def command_line_type(hint: Any) -> Any:
     kinds = [
         kind
         for kind in (typing.get_args(hint) if union else (hint,))
-        if collections.abc.Callable not in (kind, typing.get_origin(kind))
+        if Callable not in (kind, typing.get_origin(kind))
     ]
     if not set(kinds) - {type(None)}:
         return None

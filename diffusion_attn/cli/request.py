@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ _LARGEST_SEED = 2**63 - 1
 class Request:
     """The arguments of `generate`, valid and with defaults filled in; ``None`` is left to the model.
 
-    ``size`` is ``(width, height)`` in pixels.
+    ``size`` is ``(width, height)`` in pixels. A method whose weights depend on the model is a function of the pipeline.
     """
 
     prompts: tuple[str, ...]
     model: str
-    methods: tuple[Method, ...]
+    methods: tuple[Method | Callable[[Any], Method], ...]
     size: Size | None
     steps: int | None
     guidance: float | None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
 from diffusion_attn.core.context import StepContext
+from diffusion_attn.core.processors import HeldProcessor
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Attachment:
     """Everything a method has installed, and how to undo it; ``context`` gives the forward pass in progress."""
 
     context: Callable[[], StepContext]
-    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _undo: list[Callable[[], object]] = field(default_factory=list)
+    _held: list[HeldProcessor] = field(default_factory=list)
 
     def before(self, module: nn.Module, hook: Callable, *, kwargs: bool = False) -> None:
         """Register ``hook`` as a forward pre-hook of ``module``."""
@@ -66,6 +69,29 @@ class Attachment:
     def after(self, module: nn.Module, hook: Callable) -> None:
         """Register ``hook`` as a forward hook of ``module``."""
         self._undo.append(module.register_forward_hook(hook).remove)
+
+    def process(self, name: str, attn: Any, processor: Any) -> None:
+        """Set ``processor`` on the attention module ``attn`` called ``name``, and keep it there."""
+        held = HeldProcessor(name, attn, processor)
+        self._held.append(held)
+        self._undo.append(held.release)
+        held.set()
+
+    def park(self, module: nn.Module) -> None:
+        """Keep the weights of ``module``, which nobody computes with meanwhile, on the CPU."""
+        device = next(module.parameters()).device
+        if device.type not in ("cpu", "meta"):  # meta: an offloading hook keeps them there already
+            module.to("cpu")
+            self._undo.append(partial(module.to, device))
+
+    def hold(self) -> None:
+        """Before each forward pass: processors that a loader has replaced since are set again.
+
+        Raises:
+            MethodConflictError: somebody has set another kind of attention.
+        """
+        for held in self._held:
+            held.hold()
 
     def undo(self) -> None:
         """Take everything back, last first."""

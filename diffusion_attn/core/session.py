@@ -79,6 +79,8 @@ class Session:
 
     @torch.compiler.disable
     def _enter(self, denoiser: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        for on in self.enabled.values():
+            on.attachment.hold()
         call = bind_call(denoiser, args, kwargs)
         height, width = call["sample"].shape[-2:]
         if self.schedule is None:

@@ -51,6 +51,20 @@ def self_attentions(unet: Any, level: int) -> Iterator[tuple[str, str, nn.Module
                 yield name, f"{name}.transformer_blocks.{depth}", block.attn1
 
 
+def spatial_self_attentions(unet: Any) -> Iterator[tuple[str, nn.Module]]:
+    """``(name, attn1)`` of every transformer block of the UNet: down blocks, up blocks, then the middle.
+
+    Motion modules, which attend over time, are not among them, nor are blocks that attend to the prompt only.
+    """
+    sides = {f"down_blocks.{index}": block for index, block in enumerate(unet.down_blocks)}
+    sides |= {f"up_blocks.{index}": block for index, block in enumerate(unet.up_blocks)}
+    for side, part in {**sides, "mid_block": unet.mid_block}.items():
+        for index, transformer in enumerate(getattr(part, "attentions", None) or ()):
+            for depth, block in enumerate(getattr(transformer, "transformer_blocks", ())):
+                if not block.only_cross_attention:
+                    yield f"{side}.attentions.{index}.transformer_blocks.{depth}.attn1", block.attn1
+
+
 def trace_sizes(unet: Any, size: Size, dilated: int | None = None, pooled: int | None = None) -> Sizes:
     """Walk the UNet's levels without computing anything.
 

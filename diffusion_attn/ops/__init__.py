@@ -1,5 +1,6 @@
 """Attention as pure tensor functions, ``(batch, heads, tokens, head_dim)`` in and out."""
 
+from diffusion_attn.ops.linear_attention import linear_attention
 from diffusion_attn.ops.window_attention import window_attention
 
-__all__ = ["window_attention"]
+__all__ = ["linear_attention", "window_attention"]

@@ -54,17 +54,9 @@ class UNetAttnProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        query, key, value = _project(attn, hidden_states, encoder_hidden_states)
-        if self.op is not None and encoder_hidden_states is None:
-            if attention_mask is not None:
-                raise UnsupportedModelError(
-                    "an attention mask arrived at a self-attention layer that a custom op computes, which knows no "
-                    "masks; drop the mask, or set the stock processor on this layer."
-                )
-            out = self.op(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
-        else:
-            out = self._exact(attn, query, key, value, attention_mask)
-        hidden_states = attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+        query, key, value = self.project(attn, hidden_states, encoder_hidden_states)
+        out = self.attend(attn, query, key, value, attention_mask, encoder_hidden_states is not None)
+        hidden_states = self.project_out(attn, out.flatten(2, 3).to(query.dtype))
 
         if size is not None:
             hidden_states = hidden_states.transpose(1, 2).unflatten(2, size)
@@ -72,14 +64,40 @@ class UNetAttnProcessor:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
-    def _exact(
+    def project(
+        self, attn: Any, hidden: torch.Tensor, context: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, each ``(batch, tokens, heads, head_dim)``; a cross-attention sees ``context``."""
+        if context is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        if not attn.fused_projections:
+            source = hidden if context is None else context
+            projected = [attn.to_q(hidden), attn.to_k(source), attn.to_v(source)]
+        elif context is None:
+            projected = list(attn.to_qkv(hidden).chunk(3, dim=-1))
+        else:
+            projected = [attn.to_q(hidden), *attn.to_kv(context).chunk(2, dim=-1)]
+        head_dim = projected[1].shape[-1] // attn.heads
+        query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in projected)
+        # Norms over the head dimension do not mind the layout; stock code applies them head-first.
+        if attn.norm_q is not None:
+            query = attn.norm_q(query.transpose(1, 2)).transpose(1, 2)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key.transpose(1, 2)).transpose(1, 2)
+        return query, key, value
+
+    def attend(
         self,
         attn: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        cross: bool,
     ) -> torch.Tensor:
+        """``(batch, tokens, heads, head_dim)`` from the same: through the op, or exact where it does not serve."""
+        if self.op is not None and not cross:
+            return apply_op(self.op, query, key, value, attention_mask)
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         if attention_mask is not None:
@@ -94,23 +112,22 @@ class UNetAttnProcessor:
             parallel_config=self._parallel_config,
         )
 
+    def project_out(self, attn: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output projection of ``(batch, tokens, channels)``."""
+        return attn.to_out[1](attn.to_out[0](hidden))
 
-def _project(attn: Any, hidden: torch.Tensor, context: torch.Tensor | None) -> list[torch.Tensor]:
-    """Query, key and value, each ``(batch, tokens, heads, head_dim)``."""
-    if context is not None and attn.norm_cross:
-        context = attn.norm_encoder_hidden_states(context)
-    if not attn.fused_projections:
-        source = hidden if context is None else context
-        projected = [attn.to_q(hidden), attn.to_k(source), attn.to_v(source)]
-    elif context is None:
-        projected = list(attn.to_qkv(hidden).chunk(3, dim=-1))
-    else:
-        projected = [attn.to_q(hidden), *attn.to_kv(context).chunk(2, dim=-1)]
-    head_dim = projected[1].shape[-1] // attn.heads
-    query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in projected)
-    # Norms over the head dimension do not mind the layout; stock code applies them head-first.
-    if attn.norm_q is not None:
-        query = attn.norm_q(query.transpose(1, 2)).transpose(1, 2)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key.transpose(1, 2)).transpose(1, 2)
-    return [query, key, value]
+
+def apply_op(
+    op: Op, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """``op`` on tensors ``(batch, tokens, heads, head_dim)``.
+
+    Raises:
+        UnsupportedModelError: there is a mask.
+    """
+    if attention_mask is not None:
+        raise UnsupportedModelError(
+            "an attention mask arrived at a self-attention layer that a custom op computes, which knows no masks; drop "
+            "the mask, or disable the method (or set the stock processor) on this model."
+        )
+    return op(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)

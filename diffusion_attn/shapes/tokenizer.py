@@ -12,9 +12,12 @@ from diffusion_attn.shapes.scenes import COLORS, KINDS, RELATIONS, SIZES
 _WORDS = " ".join((*COLORS, *KINDS, *RELATIONS, *SIZES, "a an the and on background right below to of with")).split()
 _END = "</w>"
 
+POSITIONS = 32
+"""Length of a tokenised prompt; the longest caption takes 16, and every position costs time in each cross-attention."""
+
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding learned on the grammar's words until each is one token; 77 positions, padded with the end."""
+    """Byte-pair encoding learned on the grammar's words until each is one token; padded with the end."""
     words = {word: [*word[:-1], word[-1] + _END] for word in dict.fromkeys(_WORDS)}
     merges: list[tuple[str, str]] = []
     while any(len(pieces) > 1 for pieces in words.values()):
@@ -28,7 +31,7 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,  # type: ignore[arg-type]
-        model_max_length=77,
+        model_max_length=POSITIONS,
         pad_token="<|endoftext|>",
     )
 

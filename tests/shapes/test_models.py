@@ -35,7 +35,7 @@ def test_it_is_stock_and_small():
 @pytest.mark.parametrize("prompt", ["", "An astronaut riding a horse!", "ein großer roter Stern 🙂", "a " * 500])
 def test_any_text_is_tokenised(pipe, prompt):
     ids = pipe.tokenizer(prompt, padding="max_length", truncation=True).input_ids
-    assert len(ids) == 77 and max(ids) < pipe.text_encoder.config.vocab_size
+    assert len(ids) == pipe.tokenizer.model_max_length and max(ids) < pipe.text_encoder.config.vocab_size
     image = pipe(prompt, num_inference_steps=1, output_type="np").images
     assert np.isfinite(image).all()
 

@@ -1,0 +1,71 @@
+"""Attention processors that a method sets: kept in place against loaders that replace them, given back afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusion_attn.core.errors import MethodConflictError
+
+_EXACT = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+}
+"""Classes of diffusers that are the same attention computed in different ways."""
+
+
+def check_exact(name: str, processor: Any) -> None:
+    """Make sure that nothing is lost when the ``processor`` of the layer ``name`` is replaced.
+
+    Raises:
+        MethodConflictError: it is not one of the ways to compute stock attention.
+    """
+    if type(processor).__name__ in _EXACT or getattr(processor, "op", processor) is None:
+        return
+    raise MethodConflictError(
+        f"{name} has the processor {type(processor).__name__}, which is more than stock attention: a method of "
+        "diffusion-attn that replaces the attention of this layer would switch it off. Use one of them: take the "
+        "processor (or the guidance that sets it, such as PAG and SAG) off, or disable the method."
+    )
+
+
+@dataclass
+class HeldProcessor:
+    """``processor`` on the attention module ``attn`` called ``name``, and the one to give back."""
+
+    name: str
+    attn: Any
+    processor: Any
+    original: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.original = self.attn.processor
+
+    def set(self) -> None:
+        """Put the processor in its place."""
+        self.attn.set_processor(self.processor)
+
+    def hold(self) -> None:
+        """Put it there again if a loader has replaced it; what came in its place is then what is given back.
+
+        Raises:
+            MethodConflictError: what came is not stock attention.
+        """
+        current = self.attn.processor
+        if current is self.processor:
+            return
+        # IP-Adapter loaders rebuild every processor from its class: such a one is ours, without its layer.
+        if type(current) is not type(self.processor):
+            check_exact(self.name, current)
+            self.original = current
+        self.set()
+
+    def release(self) -> None:
+        """Give back the processor that was there, unless somebody has set another one since."""
+        if type(self.attn.processor) is type(self.processor):
+            self.attn.set_processor(self.original)

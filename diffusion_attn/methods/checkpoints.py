@@ -1,0 +1,123 @@
+"""Published weights: found on the Hub or in a folder, read, checked and written; safetensors only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
+
+
+def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
+    """The file ``name`` of a local folder or a Hub repository, which is downloaded if it is not in the cache.
+
+    Args:
+        id_or_folder: a folder, or a Hub id of the form ``owner/name``.
+        hub: passed to ``huggingface_hub.hf_hub_download``: ``revision``, ``token``, ``cache_dir``, ...
+
+    Raises:
+        CheckpointFormatError: the folder has no such file.
+        DiffusionAttnError: there is neither such a folder nor such a file on the Hub, or the Hub cannot be reached.
+    """
+    folder = Path(id_or_folder).expanduser()
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise CheckpointFormatError(
+                f"folder {str(id_or_folder)!r} has no {name}; give the folder that save_pretrained wrote, or the id of "
+                "published weights on the Hub."
+            )
+        return folder / name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(id_or_folder), name, **hub))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DiffusionAttnError(
+            f"{str(id_or_folder)!r} is no folder here, and {name} cannot be had from the Hub under that id ({reason}); "
+            "give a local folder, or an id of the form owner/name."
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        CheckpointFormatError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointFormatError(
+            f"{path.name} in {path.parent.name!r} is not JSON ({error}); get it again."
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU, in their stored dtype.
+
+    Raises:
+        CheckpointFormatError: the file is truncated, corrupt, or of another format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointFormatError(
+            f"{path.name} in {path.parent.name!r} cannot be read as safetensors ({error}); it is truncated or of "
+            "another format: get it again."
+        ) from error
+
+
+def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
+    """Make sure that names and shapes agree.
+
+    Raises:
+        CheckpointFormatError: lists what is missing, unexpected or of another shape.
+    """
+    shapes = [
+        f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": shapes,
+    }
+    told = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    if told:
+        raise CheckpointFormatError(f"{what}: {'; '.join(told)}; give weights of the right format and model.")
+
+
+def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> None:
+    """Write ``diffusion_pytorch_model.safetensors`` and text ``files`` into a folder, each as a whole or not at all."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.tmp" for name in (WEIGHTS, *files)}
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary[WEIGHTS], {"format": "pt"})
+        for name, text in files.items():
+            temporary[name].write_text(text, encoding="utf-8")
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""The name of the weights in a published folder."""
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

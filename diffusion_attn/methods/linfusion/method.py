@@ -1,0 +1,248 @@
+"""LinFusion: self-attention in linear time, with weights distilled from the model's own (arXiv 2409.02097).
+
+Published checkpoints for Stable Diffusion 1.5, 2.1 and XL load unchanged. The base model's weights are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from diffusion_attn.core.errors import CheckpointFormatError, UnsupportedModelError
+from diffusion_attn.core.method import Attachment, Plan, Target
+from diffusion_attn.core.processors import check_exact
+from diffusion_attn.methods import checkpoints
+from diffusion_attn.methods.linfusion.layers import (
+    BASES,
+    LayerConfig,
+    LinFusionLayer,
+    base_layer,
+    check_projections,
+    describe_layers,
+    layers_of,
+)
+from diffusion_attn.methods.linfusion.processor import LinFusionProcessor, Substitute
+from diffusion_attn.methods.unet_layout import spatial_self_attentions
+
+MidDim = int | Callable[[int], int | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class LinFusion:
+    """Linear attention in place of every spatial self-attention, with weights of its own.
+
+    Made by `from_pretrained`, `for_pipeline` or `for_model`. The layers hold complete weights (queries, keys, values,
+    output, and two small networks on queries and keys): while enabled they stand in for the base model's, which stay
+    where they are, so that saving the UNet saves the base model. Memory: the layers' weights come on top, 0.2 GB for
+    SD 1.5 and 2.1 and 0.9 GB for SDXL in 16 bit, on the device where the UNet last ran.
+
+    Args:
+        layers: what each layer stands in for, in the published order.
+        weights: the layers; its parameters are the live tensors that the enabled model computes with.
+        source: where the weights come from, for the record.
+        base_weights: where the base model's idle projections are kept while enabled: ``"device"``, or ``"cpu"``, which
+            frees about as much memory as the layers take.
+    """
+
+    name: ClassVar[str] = "linfusion"
+
+    layers: tuple[LayerConfig, ...] = field(repr=False, metadata={"option": False})
+    weights: nn.ModuleList = field(repr=False, metadata={"option": False})
+    source: str | None = field(default=None, metadata={"option": False})
+    base_weights: str = "device"
+
+    def __post_init__(self) -> None:
+        if self.base_weights not in ("device", "cpu"):
+            raise ValueError(f"base_weights={self.base_weights!r}: expected 'device' or 'cpu'.")
+
+    # ---- made
+
+    @classmethod
+    def from_pretrained(
+        cls, id_or_dir: str | os.PathLike[str], *, base_weights: str = "device", **hub: Any
+    ) -> LinFusion:
+        """Load weights in the published format, in the dtype they are stored in.
+
+        Args:
+            id_or_dir: a Hub id such as ``"Yuanshi/LinFusion-XL"``, or a local folder.
+            base_weights: see the class.
+            hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ...
+
+        Raises:
+            CheckpointFormatError: files or keys are missing, unexpected, of another shape, or cannot be read.
+            DiffusionAttnError: nothing is there.
+        """
+        config = checkpoints.read_json(checkpoints.locate(id_or_dir, "config.json", **hub))
+        entries = config.get("modules_list") if isinstance(config, dict) else None
+        if not isinstance(entries, list) or not entries:
+            raise CheckpointFormatError(
+                f"config.json of {str(id_or_dir)!r} has no modules_list, so it does not describe LinFusion weights; "
+                "give a folder or Hub id of the published format."
+            )
+        layers = [LayerConfig.parse(entry) for entry in entries]
+        tensors = checkpoints.read_tensors(checkpoints.locate(id_or_dir, checkpoints.WEIGHTS, **hub))
+        with torch.device("meta"):
+            weights = _build(layers)
+        checkpoints.check_tensors(tensors, weights.state_dict(), f"LinFusion weights in {str(id_or_dir)!r}")
+        weights.load_state_dict(tensors, assign=True)
+        return cls(tuple(layers), weights, str(id_or_dir), base_weights)
+
+    @classmethod
+    def for_pipeline(cls, pipe: Any, *, base_weights: str = "device", **hub: Any) -> LinFusion:
+        """Load the published weights that belong to a pipeline's UNet, as its structure tells.
+
+        Raises:
+            UnsupportedModelError: there are none for it.
+        """
+        unet = getattr(pipe, "unet", pipe)
+        layers = layers_of(_check_unet(unet))
+        heads = {(layer.dim_n, layer.heads) for layer in layers}
+        for base in BASES:
+            if base.heads == heads and base.cross_attention_dim == unet.config.cross_attention_dim:
+                return cls.from_pretrained(base.weights, base_weights=base_weights, **hub)
+        raise UnsupportedModelError(
+            f"no published LinFusion weights belong to this UNet: {describe_layers(layers)}; load your own with "
+            "LinFusion.from_pretrained, or start new ones with LinFusion.for_model and distil them."
+        )
+
+    @classmethod
+    def for_model(cls, unet: Any, mid_dim: MidDim = None, *, base_weights: str = "device") -> LinFusion:
+        """New layers that start from a UNet's own attention weights, to be distilled.
+
+        The projections add nothing at first, so queries, keys and values are the base model's; only the softmax is
+        gone. (The official training script starts from random weights instead.)
+
+        Args:
+            unet: the teacher; its device and dtype are the layers'.
+            mid_dim: width inside the projections: ``None`` for the layer's own, an int, ``-1`` for no projections, or
+                a function of the layer's width (the published XL weights: ``lambda width: width // 16``).
+
+        Raises:
+            UnsupportedModelError: it has no spatial self-attention, or quantised ones.
+        """
+        attentions = dict(spatial_self_attentions(_check_unet(unet)))
+        layers = []
+        for layer in layers_of(unet):
+            check_projections(layer.module_name, attentions[layer.module_name])
+            mid = mid_dim(layer.dim_n) if callable(mid_dim) else mid_dim
+            layers.append(LayerConfig(layer.module_name, layer.dim_n, layer.heads, mid))
+        like = base_layer(attentions[layers[0].module_name].to_q).weight
+        with torch.random.fork_rng(devices=[]), torch.device(like.device):
+            torch.manual_seed(0)
+            weights = _build(layers).to(like.dtype)
+        for layer, module in zip(layers, weights, strict=True):
+            module.start_from(attentions[layer.module_name])  # type: ignore[operator]
+        return cls(tuple(layers), weights, None, base_weights)
+
+    # ---- weights
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The live tensors by their published names, ``"0.to_q.weight"``, ..."""
+        return self.weights.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors of the published names into the live ones.
+
+        Raises:
+            CheckpointFormatError: names or shapes do not agree; nothing is changed then.
+        """
+        checkpoints.check_tensors(state_dict, self.state_dict(), "state_dict")
+        self.weights.load_state_dict(state_dict)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The live parameters, as an optimiser wants them."""
+        return self.weights.parameters()
+
+    def to(self, *args: Any, **kwargs: Any) -> LinFusion:
+        """Move or cast the layers in place, as ``torch.nn.Module.to``."""
+        self.weights.to(*args, **kwargs)
+        return self
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` in the published format."""
+        checkpoints.write_folder(folder, self.state_dict(), {"config.json": self.config_text()})
+
+    def config_text(self) -> str:
+        """The content of ``config.json``."""
+        import diffusers
+
+        config = {
+            "_class_name": "LinFusion",
+            "_diffusers_version": diffusers.__version__,
+            "modules_list": [asdict(layer) for layer in self.layers],
+        }
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    # ---- enabled, trained
+
+    def plan(self, target: Target) -> Plan:
+        """Check that the weights belong to the UNet; see `Method.plan`.
+
+        Raises:
+            UnsupportedModelError: not a UNet, or quantised.
+            CheckpointFormatError: the weights are another model's.
+            MethodConflictError: a layer has a processor that is more than stock attention.
+        """
+        attentions = dict(spatial_self_attentions(_check_unet(target.denoiser)))
+        wanted = {(layer.module_name, layer.dim_n, layer.heads) for layer in self.layers}
+        there = layers_of(target.denoiser)
+        if wanted != {(layer.module_name, layer.dim_n, layer.heads) for layer in there}:
+            raise CheckpointFormatError(
+                f"these LinFusion weights are for {describe_layers(self.layers)}, and the UNet is "
+                f"{describe_layers(there)}; LinFusion.for_pipeline(pipe) chooses the published ones that fit."
+            )
+        for name, attn in attentions.items():
+            check_projections(name, attn)
+            if not isinstance(attn.processor, LinFusionProcessor):
+                check_exact(name, attn.processor)
+        names = [layer.module_name for layer in self.layers]
+        return Plan(names, _Install(self, target.denoiser), frozenset(names), "leave LinFusion out")
+
+    def attentions(self, unet: nn.Module) -> list[tuple[str, nn.Module]]:
+        """``(name, attention module)`` of a UNet for each layer: distillation compares a student's with a teacher's."""
+        return [(layer.module_name, unet.get_submodule(layer.module_name)) for layer in self.layers]
+
+
+@dataclass(frozen=True)
+class _Install:
+    """Puts a `LinFusion` in force on a UNet."""
+
+    method: LinFusion
+    unet: Any
+
+    def __call__(self, attachment: Attachment) -> None:
+        dtype = self.unet.dtype
+        for config, layer in zip(self.method.layers, self.method.weights, strict=True):
+            attn = self.unet.get_submodule(config.module_name)
+            assert isinstance(layer, LinFusionLayer)
+            device = base_layer(attn.to_q).weight.device
+            layer.to(dtype=dtype, device=None if device.type == "meta" else device)  # meta: offloaded layer by layer
+            for name, own in layer.linears():
+                base = base_layer(attn.get_submodule(name))
+                attachment.after(base, Substitute(own))
+                if self.method.base_weights == "cpu":
+                    attachment.park(base)
+            attachment.process(config.module_name, attn, LinFusionProcessor(layer))
+
+
+def _build(layers: list[LayerConfig]) -> nn.ModuleList:
+    return nn.ModuleList(LinFusionLayer(layer.dim_n, layer.projection_mid_dim) for layer in layers)
+
+
+def _check_unet(unet: Any) -> Any:
+    from diffusers import UNet2DConditionModel, UNetMotionModel
+
+    if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel)):
+        raise UnsupportedModelError(
+            f"LinFusion stands in for the self-attention of UNets, and this is a {type(unet).__name__}; for FLUX and "
+            "SD3 local attention (CLEAR) is what serves large pictures."
+        )
+    if not any(True for _ in spatial_self_attentions(unet)):
+        raise UnsupportedModelError("this UNet has no spatial self-attention that LinFusion could stand in for.")
+    return unet
