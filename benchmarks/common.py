@@ -51,8 +51,11 @@ class Layout:
             unet = UNet2DConditionModel(**{**self.config, **(self.small if small else {})}).eval()
         return unet if dtype is torch.float32 else unet.to(dtype)
 
-    def call(self, unet: nn.Module, pixels: int, step: int = 0, batch: int = 1) -> Callable[[], torch.Tensor]:
-        """One evaluation of ``unet`` for square pictures of a side, at a step of `TIMESTEPS`, ready to be made."""
+    def call(
+        self, unet: nn.Module, pixels: int | tuple[int, int], step: int = 0, batch: int = 1
+    ) -> Callable[[], torch.Tensor]:
+        """One evaluation of ``unet`` for pictures of a side or ``(width, height)``, at a step of `TIMESTEPS`."""
+        width, height = (pixels, pixels) if isinstance(pixels, int) else pixels
         like = next(unet.parameters())
 
         def random(*shape: int) -> torch.Tensor:
@@ -63,7 +66,7 @@ class Layout:
         if unet.config.addition_embed_type == "text_time":
             embeds = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
             kwargs["added_cond_kwargs"] = {"text_embeds": random(embeds), "time_ids": random(6)}
-        sample, timestep = random(4, pixels // 8, pixels // 8), int(TIMESTEPS[step])
+        sample, timestep = random(4, height // 8, width // 8), int(TIMESTEPS[step])
         return lambda: unet(sample, timestep, return_dict=False, **kwargs)[0]
 
 

@@ -11,32 +11,26 @@ Run from the repository root. The first three print a table and keep it as a sec
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 from tqdm import tqdm
 
 import diffusion_attn as da
-from benchmarks import common
+from benchmarks import common, oracle
 from benchmarks.common import LAYOUTS, TIMESTEPS, Layout
+from benchmarks.pages import Section, add_report, finish, origin, run, shared_arguments
 from diffusion_attn.core.context import StepContext
 from diffusion_attn.methods.hidiffusion.regime import regime
 from diffusion_attn.metrics.cost import measure
-from diffusion_attn.shapes.captions import caption
-from diffusion_attn.shapes.judging import score
-from diffusion_attn.shapes.models import load_pipeline
-from diffusion_attn.shapes.scenes import sample_scenes
 
 NAME = "hidiffusion"
 REGIMES = ("D", "P", "D+P")
@@ -333,111 +327,12 @@ QUALITY: dict[str, Change] = {
 """What is compared, each put in force on a pipeline."""
 
 
-def quality_rows(args: argparse.Namespace) -> Iterator[tuple[int, str]]:
-    """The ``(size, variant)`` pairs of the table: at the native size only the plain model, as what to live up to."""
-    for size in args.sizes:
-        for variant in args.variants:
-            if (size == 1 and variant != "plain") or (variant == "deep shrink by 4" and size < 4):
-                continue
-            yield size, variant
+def is_compared(size: int, variant: str) -> bool:
+    """At the native size only the plain model, as what to live up to."""
+    return size >= (4 if variant == "deep shrink by 4" else 1 if variant == "plain" else 2)
 
 
-def load(args: argparse.Namespace) -> StableDiffusionPipeline:
-    """The pipeline under test, with the DDIM sampler and no progress bar of its own."""
-    pipe = StableDiffusionPipeline.from_pretrained(args.model) if args.model else load_pipeline()
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(args.device, getattr(torch, args.dtype))
-
-
-def digest(pipe: StableDiffusionPipeline) -> str:
-    """A fingerprint of the weights, so that rows of two models never end up in one table."""
-    hasher = hashlib.sha256()
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        for tensor in part.state_dict().values():
-            hasher.update(tensor.float().cpu().numpy().tobytes())
-    return hasher.hexdigest()[:12]
-
-
-def picture_row(args: argparse.Namespace, pipe: StableDiffusionPipeline, size: int, variant: str) -> dict[str, Any]:
-    """Draw every caption at a multiple of the native size and have the oracle read the pictures."""
-    prompts = [caption(scene) for scene in sample_scenes(args.captions, args.seed, held_out=True)]
-    pixels = size * pipe.unet.config.sample_size * pipe.vae_scale_factor
-    images: list[Any] = []
-    began = time.perf_counter()
-    with QUALITY[variant](pipe), tqdm(total=len(prompts), desc=f"{size}x {variant}") as bar:
-        for start in range(0, len(prompts), args.batch):
-            part = prompts[start : start + args.batch]
-            images += pipe(
-                part,
-                height=pixels,
-                width=pixels,
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance,
-                generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(part))],
-            ).images
-            bar.update(len(part))
-    seconds = (time.perf_counter() - began) / len(prompts)
-    return {
-        "size": size,
-        "pixels": pixels,
-        "variant": variant,
-        "seconds": seconds,
-        **score(images, prompts).as_dict(),
-    }
-
-
-def quality(args: argparse.Namespace) -> dict[str, Any]:
-    """Fill the oracle's table row by row; what an earlier run with the same settings finished is kept."""
-    pipe = load(args)
-    settings = {
-        "model": Path(args.model).name if args.model else "shapes-sd",
-        "weights": digest(pipe),
-        "native_pixels": pipe.unet.config.sample_size * pipe.vae_scale_factor,
-        **{name: getattr(args, name) for name in ("captions", "seed", "steps", "guidance", "batch", "dtype")},
-    }
-    here = origin(args)
-    before = {} if args.restart else common.read_results(args.output).get("quality", {})
-    if before:
-        now, then = {**settings, **here["machine"]}, {**before["settings"], **before["machine"]}
-        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-        if changed:
-            raise SystemExit(
-                f"{args.output.name} holds rows made with another {', '.join(changed)}; give the same settings to go "
-                "on, another --output, or --restart to drop those rows."
-            )
-    section = {**here, "settings": settings, "rows": [], **before}
-    done = {(row["size"], row["variant"]) for row in section["rows"]}
-    for size, variant in quality_rows(args):
-        if (size, variant) in done:
-            continue
-        section["rows"].append(picture_row(args, pipe, size, variant))
-        section["rows"].sort(key=lambda row: (row["size"], list(QUALITY).index(row["variant"])))
-        section["commands"] = list(dict.fromkeys([*section["commands"], *here["commands"]]))
-        common.write_section(args.output, "quality", section)
-    return section
-
-
-def quality_table(section: dict[str, Any]) -> str:
-    """What the oracle read, one line for each size and variant."""
-    lines = [
-        [
-            f"{row['size']}x ({row['pixels']} px)",
-            row["variant"],
-            f"{row['exact']:.0%}",
-            *(str(row[name]) for name in ("asked", "read", "extra", "missing", "wrong_color", "wrong_shape")),
-            f"{row['background']:.0%}",
-            f"{row['readable']:.0%}",
-            f"{row['seconds']:.2f}",
-        ]
-        for row in section["rows"]
-    ]
-    head = ["size", "variant", "exact", "objects asked", "objects read", "extra", "missing", "wrong colour"]
-    head += ["wrong shape", "background right", "readable", "seconds per picture"]
-    return common.table(head, lines, left=2)
-
-
-# ---- report
+# ---- page
 
 _INTRODUCTION = """\
 # HiDiffusion in numbers
@@ -446,15 +341,15 @@ Written by `python -m benchmarks.hidiffusion report` from the JSON files beside 
 the dilated downsampler and P the pooled block of RAU-Net; a window is a quarter of the token grid.
 """
 
-_SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
-    "flops": (
+_SECTIONS = {
+    "flops": Section(
         "Operations per UNet evaluation",
         "TFLOP, batch 1, multiply and add counted separately; matrix products, convolutions and attention as they are "
         "executed on the full-size layouts. D, P and D+P include window attention. The mean is over 50 steps of the "
         "method's own schedule. *Official* is the same count of the official code.",
         flops_table,
     ),
-    "speed": (
+    "speed": Section(
         "Time and memory of one UNet step",
         "Median seconds of one evaluation, all variants of a size measured in turns in one run, behind a parity gate. "
         "Both ratios are plain over variant, so larger is better; the second is what operations alone would give. "
@@ -463,61 +358,8 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         "its authors' package, ratio 0.5.",
         speed_table,
     ),
-    "quality": (
-        "What an oracle reads from the pictures",
-        "Pictures of held-out captions by the embedded model, at multiples of the size it was trained at, the same "
-        "seeds for every variant. *Exact*: the picture shows what was asked and nothing else. *Extra* and *missing* "
-        "count objects against the caption, *wrong colour* and *wrong shape* those that agree with it in only the "
-        "other. This is a model of coloured shapes: evidence about a mechanism, not about photographs.",
-        quality_table,
-    ),
+    "quality": oracle.SECTION,
 }
-
-
-_SETTINGS = ("model", "batch", "dtype", "repeats")
-
-
-def report(args: argparse.Namespace) -> None:
-    """Write the page from the result files alone."""
-    files = sorted(args.folder.glob(f"{NAME}-*.json"))
-    if not files:
-        raise SystemExit(
-            f"there is nothing to report: no {NAME}-*.json in {args.folder.name}; run flops, speed or quality first."
-        )
-    parts = [_INTRODUCTION]
-    for name, (title, description, render) in _SECTIONS.items():
-        sections = [section for file in files if (section := common.read_results(file).get(name))]
-        if sections:
-            parts.append(f"## {title}\n\n{description}\n")
-        for section in sections:
-            facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in describe(section).items())
-            commands = "\n".join(f"$ {command}" for command in section["commands"])
-            parts.append(f"{render(section)}\n\n```console\n{commands}\n```\n\n{facts}\n")
-    page = args.folder / f"{NAME}.md"
-    page.write_text("\n".join(parts))
-    print(f"{page.name}: {len(files)} result files")
-
-
-def describe(section: dict[str, Any]) -> dict[str, str]:
-    """What a table was made with: its settings and the machine, each on one line."""
-    settings = section.get("settings") or {name: section[name] for name in _SETTINGS if name in section}
-    facts = {"settings": settings, "machine": section["machine"]}
-    return {
-        title: ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-        for title, values in facts.items()
-        if values
-    }
-
-
-# ---- command line
-
-
-def origin(args: argparse.Namespace) -> dict[str, Any]:
-    """Where a section comes from: the command lines (more than one where it was resumed) and the machine."""
-    return {
-        "commands": [common.command_line("benchmarks.hidiffusion", args.argv)],
-        "machine": common.machine(getattr(args, "device", "cpu")),
-    }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -528,14 +370,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="name", required=True)
-    on_device = argparse.ArgumentParser(add_help=False)
-    on_device.add_argument("--device", default="cpu")
-    on_device.add_argument("--dtype", choices=common.DTYPES, default="float32")
-    kept = argparse.ArgumentParser(add_help=False)
-    kept.add_argument("--output", type=Path, help="JSON file; by default in docs/results, named by device and dtype")
-
+    on_device, kept = shared_arguments()
     commands.add_parser("flops", parents=[kept], help="operations per UNet evaluation")
-
     add = commands.add_parser("speed", parents=[on_device, kept], help="cost of one UNet step").add_argument
     add("--layout", choices=LAYOUTS, default="sd")
     add("--sizes", type=int, nargs="+", default=[512, 768, 1024], help="sides of square pictures, in pixels")
@@ -543,36 +379,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=int, default=1)
     add("--every-regime", action="store_true", help="also those that the method's schedule does not use at a size")
     add("--small", action="store_true", help="a toy of the layout, to try the benchmark itself")
-
-    add = commands.add_parser("quality", parents=[on_device, kept], help="the oracle's table").add_argument
-    add("--model", help="folder of a StableDiffusionPipeline; by default the embedded shapes-sd")
-    add("--sizes", type=int, nargs="+", default=[1, 2, 4], help="multiples of the native size")
-    add("--variants", nargs="+", choices=QUALITY, default=list(QUALITY))
-    add("--captions", type=int, default=100, help="held-out captions, one picture each")
-    add("--seed", type=int, default=0, help="of the captions and of the first picture's noise")
-    add("--steps", type=int, default=30)
-    add("--guidance", type=float, default=3.0)
-    add("--batch", type=int, default=10, help="pictures drawn together")
-    add("--restart", action="store_true", help="drop the rows that are there")
-
-    add = commands.add_parser("report", help="the page from the committed numbers").add_argument
-    add("--folder", type=Path, default=common.RESULTS, help="where the JSON files are and the page goes")
-
-    args = parser.parse_args(argv)
-    args.argv = argv
-    if getattr(args, "output", "") is None:
-        args.output = common.default_output(NAME, **{k: getattr(args, k) for k in ("device", "dtype") if k in args})
-    return args
+    oracle.add_quality(commands, [on_device, kept], QUALITY, [1, 2, 4])
+    add_report(commands)
+    return finish(parser.parse_args(argv), NAME, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand, print its table and keep its section."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.name == "report":
-        return report(args)
-    section = {"flops": flops, "speed": speed, "quality": quality}[args.name](args)
-    common.write_section(args.output, args.name, section)
-    print(_SECTIONS[args.name][2](section))
+    commands = {
+        "flops": flops,
+        "speed": speed,
+        "quality": partial(oracle.quality, variants=QUALITY, applies=is_compared),
+    }
+    run(args, _INTRODUCTION, _SECTIONS, commands)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import diffusion_attn as da
-from benchmarks import common, hidiffusion
+from benchmarks import common, hidiffusion, linfusion
 from benchmarks.common import LAYOUTS, TIMESTEPS
 from diffusion_attn.shapes.tokenizer import build_tokenizer
 
@@ -164,3 +164,40 @@ def test_no_speed_without_parity(tmp_path, monkeypatch):
 def test_report_without_results(tmp_path):
     with pytest.raises(SystemExit, match="nothing to report"):
         hidiffusion.main(["report", "--folder", str(tmp_path)])
+
+
+def test_linfusion_ops_steps_and_report(tmp_path, capsys):
+    output = tmp_path / "linfusion-cpu-float32-torch0.json"
+    linfusion.main(f"op --tokens 64 256 --softmax-until 64 --heads 2 --repeats 1 --output {output}".split())
+    rows = json.loads(output.read_text())["op"]["rows"]
+    assert [(row["tokens"], row["op"]) for row in rows] == [
+        *((64, name) for name in linfusion.OPS),
+        *((256, name) for name in list(linfusion.OPS)[1:]),
+    ]
+    floor = {row["tokens"]: row["floor_bytes"] for row in rows}
+    assert floor == {tokens: 4 * 4 * tokens * 2 * 64 for tokens in (64, 256)}
+    linfusion.main(f"step --small --layout sdxl --sizes 128 128x256 --repeats 1 --output {output}".split())
+    steps = json.loads(output.read_text())["step"]["rows"]
+    assert [(row["width"], row["height"], row["variant"]) for row in steps[2:]] == [
+        (128, 256, "plain"),
+        (128, 256, "LinFusion"),
+    ]
+    assert all(row["seconds"] > 0 and row["flops"] > 0 for row in steps)
+    linfusion.main(["report", "--folder", str(tmp_path)])
+    page = (tmp_path / "linfusion.md").read_text()
+    assert "| 128 x 256 |" in page and "## The op" in page and str(tmp_path) not in page
+
+
+def test_operations_are_those_that_are_counted():
+    args = linfusion.parse(["op", "--heads", "2", "--head-dim", "8"])
+    q, k, v = (torch.empty(1, 2, 2048, 8, device="meta") for _ in range(3))
+    counted = {name: common.count_flops(lambda name=name: linfusion.OPS[name](q, k, v)) for name in linfusion.OPS}
+    assert counted == {name: linfusion.operations(name, 2048, args) for name in linfusion.OPS}
+
+
+def test_no_linfusion_times_without_parity(tmp_path, monkeypatch):
+    output = tmp_path / "op.json"
+    monkeypatch.setattr(da.ops, "linear_attention", lambda q, k, v: v)
+    with pytest.raises(SystemExit, match="not the published formula"):
+        linfusion.main(f"op --tokens 64 --repeats 1 --output {output}".split())
+    assert not output.exists()

@@ -1,5 +1,6 @@
 """Every method beside everything else that touches a pipeline, in either order of calls."""
 
+import copy
 from functools import cache
 
 import accelerate
@@ -13,7 +14,7 @@ import diffusion_attn as da
 from diffusion_attn.methods import METHODS
 from tests import tiny
 from tests.golden.seeded import seed_parameters
-from tests.tiny import noise, picture
+from tests.tiny import forward, noise, picture
 
 MAKERS = {
     "hidiffusion": lambda make: da.HiDiffusion(),
@@ -319,6 +320,19 @@ def test_with_a_controlnet(name, make):
 
 
 @every_method
+@pytest.mark.parametrize("make", tiny.T2I_ADAPTERS)
+def test_with_t2i_adapters(name, make):
+    pipe = tiny.with_t2i_adapter(make)
+    kwargs = {"image": picture(), "height": 128, "width": 128}
+    plain = tiny.run(pipe, **kwargs)
+    da.enable(pipe, method_for(name, make))
+    on = tiny.run(pipe, **kwargs)
+    assert on.isfinite().all() and not torch.allclose(on, plain)
+    da.disable(pipe)
+    assert torch.equal(tiny.run(pipe, **kwargs), plain)
+
+
+@every_method
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
 @pytest.mark.parametrize("auto", [diffusers.AutoPipelineForImage2Image, diffusers.AutoPipelineForInpainting])
 def test_image_to_image_and_inpainting(name, make, auto):
@@ -343,3 +357,27 @@ def test_an_interrupted_run_leaves_nothing_behind(name):
     with pytest.raises(KeyboardInterrupt):
         tiny.run(pipe, callback_on_step_end=stop)
     close(tiny.run(pipe), reference(name))
+
+
+@every_method
+def test_a_copy_of_an_enabled_model_works_on_its_own(name):
+    unet, x = tiny.unet(), noise(1, 4, 32, 32)
+    plain = forward(unet, x)
+    da.enable(unet, method_for(name, tiny.sd), timesteps=torch.tensor([801, 1]))
+    expected = forward(unet, x)
+    twin = copy.deepcopy(unet)
+    da.disable(unet)
+    assert torch.equal(forward(twin, x), expected) and torch.equal(forward(unet, x), plain)
+    da.disable(twin)
+    assert torch.equal(forward(twin, x), plain)
+
+
+@every_method
+def test_disable_leaves_no_trace(name):
+    pipe = tiny.sd()
+    before, plain = tiny.trace_of(pipe.unet), tiny.run(pipe)
+    da.enable(pipe, method_for(name, tiny.sd))
+    assert not torch.equal(tiny.run(pipe), plain)
+    da.disable(pipe)
+    assert tiny.trace_of(pipe.unet) == before
+    assert torch.equal(tiny.run(pipe), plain)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -153,3 +157,36 @@ def noise(*shape, seed=0):
 
 def picture(size=128, mode="RGB"):
     return Image.effect_mandelbrot((size, size), (-2, -1.5, 1, 1.5), 20).convert(mode)
+
+
+T2I_ADAPTERS = {
+    sd: ("full_adapter", [8, 16, 24, 32], 4, diffusers.StableDiffusionAdapterPipeline),
+    sdxl: ("full_adapter_xl", [8, 16, 24, 24], 8, diffusers.StableDiffusionXLAdapterPipeline),
+}
+
+
+def with_t2i_adapter(make):
+    kind, channels, factor, cls = T2I_ADAPTERS[make]
+    adapter = diffusers.T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=factor, adapter_type=kind)
+    accepted = inspect.signature(cls.__init__).parameters
+    parts = {name: part for name, part in make().components.items() if name in accepted}
+    extra = {"requires_safety_checker": False} if make is sd else {}
+    return quiet(cls(**parts, adapter=seed_parameters(adapter.eval()), **extra))
+
+
+def trace_of(model):
+    """Everything about a module tree that enabling could leave a mark on."""
+    trace = {}
+    for name, module in model.named_modules():
+        trace[name] = (
+            sorted(vars(module)),
+            tuple(id(hook) for hook in module._forward_pre_hooks.values()),
+            tuple(id(hook) for hook in module._forward_hooks.values()),
+            module._forward_hooks_with_kwargs,
+            module._forward_pre_hooks_with_kwargs,
+            module._forward_hooks_always_called,
+            id(getattr(module, "processor", None)),
+            module.__class__,
+            getattr(module, "num_upsamplers", None),
+        )
+    return copy.copy(trace), list(model.state_dict())
