@@ -1,5 +1,6 @@
 """Train shapes-sd, the embedded text-to-image model, from nothing: an autoencoder, then text encoder and UNet jointly.
 
+    pip install "diffusion-attn[train]"
     python examples/train_shapes.py --output runs/shapes-sd                      # everything, resumes where it stopped
     python examples/train_shapes.py --output runs/shapes-sd --stage evaluate     # the scores alone
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_shapes.py --output runs/shapes-sd   # a process a core

@@ -65,6 +65,17 @@ def test_using_brings_back_what_was_enabled(pipe):
     assert torch.equal(tiny.run(pipe), first)
 
 
+def test_what_fails_to_be_undone_keeps_nothing_else(pipe):
+    before = tiny.trace_of(pipe.unet)
+    da.enable(pipe, da.HiDiffusion())
+    attachment = pipe.unet._diffusion_attn.enabled["hidiffusion"].attachment
+    attachment.when_undone(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        da.disable(pipe)
+    da.disable(pipe)
+    assert tiny.trace_of(pipe.unet) == before
+
+
 def test_using_cleans_up_after_an_exception(pipe):
     before = tiny.trace_of(pipe.unet)
     with pytest.raises(ZeroDivisionError), da.using(pipe, da.HiDiffusion()):

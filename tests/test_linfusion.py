@@ -1,8 +1,10 @@
 """LinFusion: its files, what it refuses, and that the known defects of the official code are not ours."""
 
+import dataclasses
 import json
 import logging
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import diffusion_attn as da
 from benchmarks.common import LAYOUTS
+from diffusion_attn.methods.linfusion.layers import LayerConfig
 from diffusion_attn.methods.linfusion.processor import LinFusionProcessor
 from tests import tiny
 from tests.golden.seeded import seed_parameters
@@ -110,6 +113,10 @@ def test_files_that_are_no_weights(folder, tmp_path, monkeypatch):
         (folder / WEIGHTS).write_bytes(content)
         with pytest.raises(da.CheckpointFormatError, match="truncated"):
             da.LinFusion.from_pretrained(folder)
+    tensors = {k: v.to(torch.int8) for k, v in linfusion_for(tiny.unet()).state_dict().items()}
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(da.CheckpointFormatError, match=r"of no dtype to compute with .*torch.int8"):
+        da.LinFusion.from_pretrained(folder)
     (folder / WEIGHTS).unlink()
     with pytest.raises(da.CheckpointFormatError, match=f"has no {WEIGHTS}"):
         da.LinFusion.from_pretrained(folder)
@@ -159,7 +166,7 @@ def test_the_published_weights_of_a_pipeline(name, monkeypatch):
         unet = UNet2DConditionModel(**config)
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, *args, **kwargs: asked.append(repo) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(da.DiffusionAttnError):
         da.LinFusion.for_pipeline(unet)
     assert asked == [
         {"sd15": "Yuanshi/LinFusion-1-5", "sd21": "Yuanshi/LinFusion-2-1", "sdxl": "Yuanshi/LinFusion-XL"}[name]
@@ -385,3 +392,80 @@ def test_two_unets_share_a_linfusion_and_disable_one(unet):
     assert torch.equal(forward(other, x), on)
     da.disable(other)
     assert torch.equal(forward(other, x), plain) and torch.equal(forward(unet, x), on)
+
+
+def test_hub_errors_of_any_kind_are_one_sentence(monkeypatch):
+    class OfflineError(Exception):
+        pass
+
+    def fail(*args, **kwargs):
+        raise OfflineError("connection timed out\nand more")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(da.DiffusionAttnError, match="connection timed out") as error:
+        da.LinFusion.from_pretrained("owner/name")
+    assert "\n" not in str(error.value)
+
+
+def test_options_that_nobody_knows_are_refused(folder):
+    with pytest.raises(TypeError, match="torch_dtype"):
+        da.LinFusion.from_pretrained(folder, torch_dtype=torch.float16)
+    with pytest.raises(ValueError, match="base_weights='disk'"):
+        da.LinFusion.from_pretrained("nobody/nothing", base_weights="disk")
+
+
+def test_an_entry_twice_in_the_config_is_refused(unet, folder):
+    linfusion = da.LinFusion.from_pretrained(folder)
+    twice = da.LinFusion((*linfusion.layers, linfusion.layers[0]), linfusion.weights)
+    with pytest.raises(da.CheckpointFormatError, match="17 layers"):
+        da.enable(unet, twice)
+    for mid in ("abc", 1.5, True, -2, 0):
+        with pytest.raises(da.CheckpointFormatError, match="projection_mid_dim"):
+            LayerConfig.parse({"module_name": "a", "dim_n": 8, "heads": 2, "projection_mid_dim": mid})
+
+
+def test_a_pruned_model_has_no_published_weights():
+    with torch.device("meta"):
+        pruned = UNet2DConditionModel(**{**LAYOUTS["sdxl"].config, "transformer_layers_per_block": (1, 2, 4)})
+    with pytest.raises(da.UnsupportedModelError, match="no published LinFusion weights"):
+        da.LinFusion.for_pipeline(pruned)
+
+
+def test_it_starts_from_compiled_and_offloaded_models(unet):
+    expected = da.LinFusion.for_model(unet, 4).state_dict()
+    compiled = torch.compile(tiny.unet(), backend="eager")
+    offloaded = tiny.unet()
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    for model in (compiled, offloaded):
+        actual = da.LinFusion.for_model(model, 4).state_dict()
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_its_dtype_is_the_unets_unless_pinned(unet):
+    half = tiny.unet().half()
+    pinned = dataclasses.replace(linfusion_for(unet), dtype=torch.float32)
+    exact = {k: v.clone() for k, v in pinned.state_dict().items()}
+    x = noise(1, 4, 16, 16).half()
+    text = noise(1, 5, 12).half()
+    da.enable(half, pinned)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert half(x, 5, text).sample.isfinite().all()
+    with torch.no_grad(), pytest.raises(da.UnsupportedModelError, match=r"pinned to torch\.float32"):
+        half(x, 5, text)
+    assert all(torch.equal(v, exact[k]) for k, v in pinned.state_dict().items())
+    da.enable(half, dataclasses.replace(pinned, dtype=None))
+    assert all(p.dtype == torch.float16 for p in pinned.parameters())
+
+
+def test_who_brings_a_processor_back_after_disable_is_told(unet):
+    """As `unfuse_qkv_projections` does, which remembers the processors of the moment of fusing."""
+    plain = forward(unet, noise(1, 4, 16, 16))
+    da.enable(unet, linfusion_for(unet))
+    kept = dict(unet.attn_processors)
+    da.disable(unet)
+    assert torch.equal(forward(unet, noise(1, 4, 16, 16)), plain)
+    unet.set_attn_processor(kept)
+    with pytest.raises(da.UnsupportedModelError, match="enable LinFusion again"):
+        forward(unet, noise(1, 4, 16, 16))
+    da.enable(unet, linfusion_for(unet))
+    assert forward(unet, noise(1, 4, 16, 16)).isfinite().all()

@@ -161,8 +161,9 @@ def _call(job: _Job, methods: tuple[Method, ...], prompt: str, seed: int, steps:
 
 
 def _warm_up(job: _Job) -> None:
-    """One step that nobody measures: what a first run pays for would otherwise count against the first column."""
-    _call(job, (), job.request.prompts[0], job.request.seed, 1)
+    """A step of each that nobody measures: what a first run pays for, such as compiling kernels, would count."""
+    for methods in job.variants.values():
+        _call(job, methods, job.request.prompts[0], job.request.seed, 1)
 
 
 def _options(methods: tuple[Method, ...]) -> dict[str, dict[str, Any]]:

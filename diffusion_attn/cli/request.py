@@ -77,10 +77,10 @@ def read_request(args: Any) -> Request:
     Raises:
         CommandError: an argument is not what it should be.
     """
-    methods = tuple(build_methods(args.method, args))
     prompts = (*(args.prompt or ()), *_read_prompts(args.prompts))
     if not prompts:
         raise CommandError("no prompt is given; name at least one, or a file with --prompts.")
+    methods = tuple(build_methods(args.method, args))
     if args.compare and not methods:
         raise CommandError("--compare needs something to compare the plain model with; name it with --method.")
     size = None if args.size is None else parse_size(args.size)

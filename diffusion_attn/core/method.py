@@ -77,12 +77,18 @@ class Attachment:
         self._undo.append(held.release)
         held.set()
 
-    def park(self, module: nn.Module) -> None:
-        """Keep the weights of ``module``, which nobody computes with meanwhile, on the CPU."""
-        device = next(module.parameters()).device
-        if device.type not in ("cpu", "meta"):  # meta: an offloading hook keeps them there already
+    def park(self, module: nn.Module, denoiser: Any) -> None:
+        """Keep the weights of ``module``, which nobody computes with meanwhile, on the CPU.
+
+        They come back to where ``denoiser`` is by then.
+        """
+        if next(module.parameters()).device.type not in ("cpu", "meta"):  # meta: an offloading hook has them already
             module.to("cpu")
-            self._undo.append(partial(module.to, device))
+            self.when_undone(partial(_bring_back, module, denoiser))
+
+    def when_undone(self, action: Callable[[], object]) -> None:
+        """Have ``action`` called when the method is taken off."""
+        self._undo.append(action)
 
     def hold(self) -> None:
         """Before each forward pass: processors that a loader has replaced since are set again.
@@ -94,6 +100,16 @@ class Attachment:
             held.hold()
 
     def undo(self) -> None:
-        """Take everything back, last first."""
+        """Take everything back, last first; what fails does not keep the rest from being taken back."""
+        errors = []
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def _bring_back(module: nn.Module, denoiser: Any) -> None:
+    module.to(denoiser.device)

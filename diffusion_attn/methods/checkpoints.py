@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -23,7 +24,15 @@ def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
     Raises:
         CheckpointFormatError: the folder has no such file.
         DiffusionAttnError: there is neither such a folder nor such a file on the Hub, or the Hub cannot be reached.
+        TypeError: an option that the Hub does not know.
     """
+    from huggingface_hub import hf_hub_download
+
+    unknown = sorted(hub.keys() - inspect.signature(hf_hub_download).parameters.keys())
+    if unknown:
+        raise TypeError(
+            f"unknown options {unknown}: expected those of huggingface_hub.hf_hub_download; leave them out."
+        )
     folder = Path(id_or_folder).expanduser()
     if folder.is_dir():
         if not (folder / name).is_file():
@@ -32,11 +41,9 @@ def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
                 "published weights on the Hub."
             )
         return folder / name
-    from huggingface_hub import hf_hub_download
-
     try:
         return Path(hf_hub_download(str(id_or_folder), name, **hub))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the Hub's client, its HTTP library and its storage each have errors of their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DiffusionAttnError(
             f"{str(id_or_folder)!r} is no folder here, and {name} cannot be had from the Hub under that id ({reason}); "
@@ -77,20 +84,22 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
-    """Make sure that names and shapes agree.
+    """Make sure that names and shapes agree, and that numbers are of 16 bit or more.
 
     Raises:
-        CheckpointFormatError: lists what is missing, unexpected or of another shape.
+        CheckpointFormatError: lists what is missing, unexpected, of another shape or dtype.
     """
     shapes = [
         f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in expected
         if name in found and found[name].shape != expected[name].shape
     ]
+    narrow = [f"{k} is {v.dtype}" for k, v in found.items() if not v.is_floating_point() or v.dtype.itemsize < 2]
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
         "of another shape": shapes,
+        "of no dtype to compute with": narrow,
     }
     told = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if told:

@@ -36,6 +36,13 @@ def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, eps: 
         from diffusion_attn.ops.kernels.linear_attention import linear_attention_triton
 
         return linear_attention_triton(q, k, v, eps)
+    if torch.amp.is_autocast_available(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):  # it would take the state back to 16 bit
+            return _in_torch(q, k, v, eps)
+    return _in_torch(q, k, v, eps)
+
+
+def _in_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     if torch.compiler.is_compiling():
         # The compiler fuses the feature map; a loop over chunks would be traced anew for each resolution.
         return linear_attention_reference(q, k, v, eps=eps)

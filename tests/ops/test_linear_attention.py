@@ -78,6 +78,14 @@ def test_half_precision_at_many_tokens(dtype):
     assert (out.double() - exact).abs().max() <= 1.01 * torch.finfo(dtype).eps / 2 * exact.abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_the_state_in_float32(dtype):
+    q, k, v = tensors(1, 1, 16384, 16384, 16, 16, dtype)
+    alone = da.ops.linear_attention(q, k, 8 * v)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(da.ops.linear_attention(q, k, 8 * v), alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tokens_that_attend_to_nothing_give_zero(dtype):
     q, k, v = tensors(1, 1, 4, 9, 8, 8, dtype)
@@ -166,6 +174,34 @@ def test_kernels_in_the_interpreter():
     subprocess.run([sys.executable, "-c", INTERPRETED], check=True, timeout=200, env=env)
 
 
+FITTED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from diffusion_attn.ops.kernels import linear_attention as ours
+
+def compile(kernel, dim, dtype, applying, one):
+    block, tile, launch = ours._sizes(dim, applying)
+    constants = {"BLOCK": block, "TILE": tile, "DIM": ours._padded(dim), **dict.fromkeys(one, 1)}
+    pointers = {name: f"*{dtype}" for name in ("q", "k", "v", "out")} | {"state": "*fp32", "total": "*fp32"}
+    types = {name: pointers.get(name, "fp32" if name == "eps" else "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), places)
+    return triton.compile(source, target=GPUTarget("cuda", 86, 32), options=launch).metadata.shared
+
+for dim in (40, 64, 80, 160):
+    for dtype in ("fp16", "fp32"):
+        assert compile(ours._state_kernel, dim, dtype, False, ("k_d", "v_d")) <= 99 * 1024, (dim, dtype)
+        assert compile(ours._apply_kernel, dim, dtype, True, ("q_d", "o_d")) <= 99 * 1024, (dim, dtype)
+"""
+
+
+@pytest.mark.skipif(not kernels.TRITON, reason="Triton is not installed, and its compiler with it")
+def test_kernels_fit_the_shared_memory_of_consumer_gpus(tmp_path):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", FITTED], check=True, timeout=200, env=env)
+
+
 @pytest.mark.skipif(not (kernels.TRITON and torch.cuda.is_available()), reason="no CUDA device with Triton here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_on_a_gpu(dtype):
@@ -174,6 +210,10 @@ def test_kernels_on_a_gpu(dtype):
         inputs = [x.cuda() for x in tensors(2, 3, tokens, tokens, dim, dim, dtype)]
         exact = linear_attention_reference(*(x.double() for x in inputs))
         torch.testing.assert_close(da.ops.linear_attention(*inputs).double(), exact, atol=tolerance, rtol=tolerance)
+        if dtype is torch.float32:
+            inputs = [x.requires_grad_() for x in inputs]
+            sums = [op(*inputs).square().sum() for op in (da.ops.linear_attention, linear_attention_reference)]
+            torch.testing.assert_close(*(torch.autograd.grad(total, inputs) for total in sums), atol=1e-3, rtol=1e-3)
 
 
 def test_kernels_leave_other_devices_alone():

@@ -40,12 +40,18 @@ class LayerConfig:
             config = cls(**entry) if isinstance(entry, dict) else cls(*entry)
         except TypeError:
             config = None
-        if config is None or not (isinstance(config.module_name, str) and _are_counts(config.dim_n, config.heads)):
+        if config is None or not config.is_valid():
             raise CheckpointFormatError(
                 f"config.json has {entry!r} in modules_list; expected module_name, dim_n, heads and "
                 "projection_mid_dim, as LinFusion's published folders have it."
             )
         return config
+
+    def is_valid(self) -> bool:
+        """Whether every value is one that a layer can be built of."""
+        mid = self.projection_mid_dim
+        counts = (self.dim_n, self.heads, *([] if mid in (None, -1) else [mid]))
+        return isinstance(self.module_name, str) and all(type(count) is int and count > 0 for count in counts)
 
 
 class LinFusionLayer(nn.Module):
@@ -68,12 +74,15 @@ class LinFusionLayer(nn.Module):
 
     def start_from(self, attn: Any) -> None:
         """Copy an attention module's own weights; the projections add nothing until they are trained."""
+        from accelerate.utils import align_module_device
+
         for name, own in self.linears():
             base = base_layer(attn.get_submodule(name))
-            own.weight = nn.Parameter(base.weight.detach().clone())
-            if own.bias is not None:
-                bias = torch.zeros_like(base.weight[:, 0]) if base.bias is None else base.bias.detach().clone()
-                own.bias = nn.Parameter(bias)
+            with align_module_device(base):
+                own.weight = nn.Parameter(base.weight.detach().clone())
+                if own.bias is not None:
+                    bias = torch.zeros_like(own.weight[:, 0]) if base.bias is None else base.bias.detach().clone()
+                    own.bias = nn.Parameter(bias)
         for projection in (self.to_q_, self.to_k_):
             if isinstance(projection, nn.Sequential):
                 for parameter in projection[-1].parameters():
@@ -93,10 +102,6 @@ def _projection(width: int, mid_dim: int | None) -> nn.Module:
         return nn.Identity()
     mid = width if mid_dim is None else mid_dim
     return nn.Sequential(nn.Linear(width, mid), nn.LayerNorm(mid), nn.LeakyReLU(), nn.Linear(mid, width))
-
-
-def _are_counts(*values: Any) -> bool:
-    return all(isinstance(value, int) and value > 0 for value in values)
 
 
 def base_layer(module: Any) -> Any:
@@ -129,18 +134,19 @@ def check_projections(name: str, attn: Any) -> None:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that weights are published for, told by ``heads`` of each width and the width of its prompts."""
+    """A base model that weights are published for: told by layers, ``heads`` of each width, and the prompts' width."""
 
     name: str
     weights: str
+    layers: int
     cross_attention_dim: int
     heads: frozenset[tuple[int, int]]
 
 
 BASES = (
-    Base("Stable Diffusion 1.x", "Yuanshi/LinFusion-1-5", 768, frozenset({(320, 8), (640, 8), (1280, 8)})),
-    Base("Stable Diffusion 2.x", "Yuanshi/LinFusion-2-1", 1024, frozenset({(320, 5), (640, 10), (1280, 20)})),
-    Base("Stable Diffusion XL", "Yuanshi/LinFusion-XL", 2048, frozenset({(640, 10), (1280, 20)})),
+    Base("Stable Diffusion 1.x", "Yuanshi/LinFusion-1-5", 16, 768, frozenset({(320, 8), (640, 8), (1280, 8)})),
+    Base("Stable Diffusion 2.x", "Yuanshi/LinFusion-2-1", 16, 1024, frozenset({(320, 5), (640, 10), (1280, 20)})),
+    Base("Stable Diffusion XL", "Yuanshi/LinFusion-XL", 70, 2048, frozenset({(640, 10), (1280, 20)})),
 )
 """The published checkpoints."""
 

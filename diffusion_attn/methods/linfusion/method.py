@@ -47,7 +47,9 @@ class LinFusion:
         weights: the layers; its parameters are the live tensors that the enabled model computes with.
         source: where the weights come from, for the record.
         base_weights: where the base model's idle projections are kept while enabled: ``"device"``, or ``"cpu"``, which
-            frees about as much memory as the layers take.
+            frees about as much memory as the layers take (and does nothing under offloading, which moves them itself).
+        dtype: of the layers while enabled: ``None`` casts them, in place, to the UNet's; a trainer pins
+            ``torch.float32`` and runs a 16-bit UNet under autocast.
     """
 
     name: ClassVar[str] = "linfusion"
@@ -56,10 +58,10 @@ class LinFusion:
     weights: nn.ModuleList = field(repr=False, metadata={"option": False})
     source: str | None = field(default=None, metadata={"option": False})
     base_weights: str = "device"
+    dtype: torch.dtype | None = field(default=None, metadata={"option": False})
 
     def __post_init__(self) -> None:
-        if self.base_weights not in ("device", "cpu"):
-            raise ValueError(f"base_weights={self.base_weights!r}: expected 'device' or 'cpu'.")
+        _check_place(self.base_weights)
 
     # ---- made
 
@@ -78,6 +80,7 @@ class LinFusion:
             CheckpointFormatError: files or keys are missing, unexpected, of another shape, or cannot be read.
             DiffusionAttnError: nothing is there.
         """
+        _check_place(base_weights)
         config = checkpoints.read_json(checkpoints.locate(id_or_dir, "config.json", **hub))
         entries = config.get("modules_list") if isinstance(config, dict) else None
         if not isinstance(entries, list) or not entries:
@@ -101,10 +104,12 @@ class LinFusion:
             UnsupportedModelError: there are none for it.
         """
         unet = getattr(pipe, "unet", pipe)
-        layers = layers_of(_check_unet(unet))
+        unet = _check_unet(unet)
+        layers = layers_of(unet)
         heads = {(layer.dim_n, layer.heads) for layer in layers}
         for base in BASES:
-            if base.heads == heads and base.cross_attention_dim == unet.config.cross_attention_dim:
+            told = (base.heads, base.layers, base.cross_attention_dim)
+            if told == (heads, len(layers), unet.config.cross_attention_dim):
                 return cls.from_pretrained(base.weights, base_weights=base_weights, **hub)
         raise UnsupportedModelError(
             f"no published LinFusion weights belong to this UNet: {describe_layers(layers)}; load your own with "
@@ -126,16 +131,21 @@ class LinFusion:
         Raises:
             UnsupportedModelError: it has no spatial self-attention, or quantised ones.
         """
-        attentions = dict(spatial_self_attentions(_check_unet(unet)))
+        from accelerate.utils import align_module_device
+
+        unet = _check_unet(unet)
+        attentions = dict(spatial_self_attentions(unet))
         layers = []
         for layer in layers_of(unet):
             check_projections(layer.module_name, attentions[layer.module_name])
             mid = mid_dim(layer.dim_n) if callable(mid_dim) else mid_dim
             layers.append(LayerConfig(layer.module_name, layer.dim_n, layer.heads, mid))
-        like = base_layer(attentions[layers[0].module_name].to_q).weight
-        with torch.random.fork_rng(devices=[]), torch.device(like.device):
-            torch.manual_seed(0)
-            weights = _build(layers).to(like.dtype)
+        base = base_layer(attentions[layers[0].module_name].to_q)
+        with align_module_device(base):  # under sequential offloading weights are elsewhere between calls
+            device, dtype = base.weight.device, base.weight.dtype
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the user's GPUs too
+            weights = _build(layers).to(device, dtype)
         for layer, module in zip(layers, weights, strict=True):
             module.start_from(attentions[layer.module_name])  # type: ignore[operator]
         return cls(tuple(layers), weights, None, base_weights)
@@ -190,12 +200,13 @@ class LinFusion:
             MethodConflictError: a layer has a processor that is more than stock attention.
         """
         attentions = dict(spatial_self_attentions(_check_unet(target.denoiser)))
-        wanted = {(layer.module_name, layer.dim_n, layer.heads) for layer in self.layers}
         there = layers_of(target.denoiser)
-        if wanted != {(layer.module_name, layer.dim_n, layer.heads) for layer in there}:
+        wanted, found = (sorted((x.module_name, x.dim_n, x.heads) for x in layers) for layers in (self.layers, there))
+        if wanted != found:
             raise CheckpointFormatError(
                 f"these LinFusion weights are for {describe_layers(self.layers)}, and the UNet is "
-                f"{describe_layers(there)}; LinFusion.for_pipeline(pipe) chooses the published ones that fit."
+                f"{describe_layers(there)}; give weights that were made for it (LinFusion.for_pipeline(pipe) finds "
+                "published ones, if there are any)."
             )
         for name, attn in attentions.items():
             check_projections(name, attn)
@@ -217,27 +228,37 @@ class _Install:
     unet: Any
 
     def __call__(self, attachment: Attachment) -> None:
-        dtype = self.unet.dtype
+        pinned, parked = self.method.dtype is not None, self.method.base_weights == "cpu"
         for config, layer in zip(self.method.layers, self.method.weights, strict=True):
             attn = self.unet.get_submodule(config.module_name)
             assert isinstance(layer, LinFusionLayer)
-            device = base_layer(attn.to_q).weight.device
-            layer.to(dtype=dtype, device=None if device.type == "meta" else device)  # meta: offloaded layer by layer
+            like = base_layer(attn.to_q).weight
+            device = None if like.is_meta else like.device  # meta: offloaded layer by layer
+            layer.to(dtype=self.method.dtype or like.dtype, device=device)
             for name, own in layer.linears():
                 base = base_layer(attn.get_submodule(name))
                 attachment.after(base, Substitute(own))
-                if self.method.base_weights == "cpu":
-                    attachment.park(base)
-            attachment.process(config.module_name, attn, LinFusionProcessor(layer))
+                if parked:
+                    attachment.park(base, self.unet)
+            processor = LinFusionProcessor(layer, pinned, parked)
+            attachment.when_undone(processor.forget)
+            attachment.process(config.module_name, attn, processor)
 
 
 def _build(layers: list[LayerConfig]) -> nn.ModuleList:
     return nn.ModuleList(LinFusionLayer(layer.dim_n, layer.projection_mid_dim) for layer in layers)
 
 
+def _check_place(base_weights: str) -> None:
+    if base_weights not in ("device", "cpu"):
+        raise ValueError(f"base_weights={base_weights!r}: expected 'device' or 'cpu'.")
+
+
 def _check_unet(unet: Any) -> Any:
+    """The UNet, taken out of its ``torch.compile`` wrapper."""
     from diffusers import UNet2DConditionModel, UNetMotionModel
 
+    unet = getattr(unet, "_orig_mod", unet)
     if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel)):
         raise UnsupportedModelError(
             f"LinFusion stands in for the self-attention of UNets, and this is a {type(unet).__name__}; for FLUX and "

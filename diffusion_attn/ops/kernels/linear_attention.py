@@ -1,4 +1,4 @@
-"""Linear attention in two Triton kernels: each of q, k, v is read once, the output written once.
+"""Linear attention in two Triton kernels: q, k, v are read where they lie, nothing but states is written in between.
 
 The first sums partial states over a share of the tokens each, in float32, with the feature map applied as keys are
 read; the second applies their sum to the queries. Any head size: it is padded to a power of two inside the kernels.
@@ -6,14 +6,14 @@ read; the second applies their sum to the queries. Any head size: it is padded t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
-_BLOCK = 64  # tokens at a time
-_TILE = 64  # value channels of a state that a program holds
 _PROGRAMS = 512  # enough to fill a large GPU
 
 
@@ -32,7 +32,9 @@ class _LinearAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    @torch.autocast("cuda", enabled=False)  # the products below are float32 on purpose
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q, k, v, state, total = ctx.saved_tensors
         phi_q, phi_k = (torch.nn.functional.elu(x.float()) + 1 for x in (q, k))
         normaliser = phi_q @ total.unsqueeze(-1) + ctx.eps
@@ -51,17 +53,19 @@ def _state(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """``S`` ``(batch, heads, head_dim, value_dim)`` and ``z`` ``(batch, heads, head_dim)``, float32 means over keys."""
     batch, heads, tokens, dim = k.shape
     value_dim = v.shape[-1]
-    tiles = triton.cdiv(value_dim, _TILE)
-    blocks = triton.cdiv(tokens, _BLOCK)
+    block, tile, launch = _sizes(dim, applying=False)
+    tiles = triton.cdiv(value_dim, tile)
+    blocks = triton.cdiv(tokens, block)
     splits = max(1, min(blocks, _PROGRAMS // (batch * heads * tiles)))
-    share = triton.cdiv(blocks, splits) * _BLOCK
+    share = triton.cdiv(blocks, splits) * block
     splits = triton.cdiv(tokens, share)
     state = torch.empty(splits, batch, heads, dim, value_dim, device=k.device, dtype=torch.float32)
     total = torch.empty(splits, batch, heads, dim, device=k.device, dtype=torch.float32)
-    _state_kernel[(batch * heads, splits, tiles)](
-        k, v, state, total, heads, tokens, dim, value_dim, share,
-        *k.stride(), *v.stride(), BLOCK=_BLOCK, DIM=_padded(dim), TILE=_TILE,
-    )  # fmt: skip
+    with _device_of(k):
+        _state_kernel[(batch * heads, splits, tiles)](
+            k, v, state, total, heads, tokens, dim, value_dim, share,
+            *k.stride(), *v.stride(), BLOCK=block, DIM=_padded(dim), TILE=tile, **launch,
+        )  # fmt: skip
     return state.sum(0) / tokens, total.sum(0) / tokens
 
 
@@ -69,11 +73,29 @@ def _apply(q: torch.Tensor, state: torch.Tensor, total: torch.Tensor, eps: float
     batch, heads, tokens, dim = q.shape
     # Heads next to each other, so that merging them after attention copies nothing.
     out = q.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
-    _apply_kernel[(batch * heads, triton.cdiv(tokens, _BLOCK))](
-        q, state, total, out, heads, tokens, dim, value_dim, eps,
-        *q.stride(), *out.stride(), BLOCK=_BLOCK, DIM=_padded(dim), TILE=_TILE,
-    )  # fmt: skip
+    block, tile, launch = _sizes(dim, applying=True)
+    with _device_of(q):
+        # Blocks of tokens come first: only that axis may be longer than 65,535.
+        _apply_kernel[(triton.cdiv(tokens, block), batch * heads)](
+            q, state, total, out, heads, tokens, dim, value_dim, eps,
+            *q.stride(), *out.stride(), BLOCK=block, DIM=_padded(dim), TILE=tile, **launch,
+        )  # fmt: skip
     return out
+
+
+def _sizes(dim: int, applying: bool) -> tuple[int, int, dict[str, int]]:
+    """Tokens and value channels that a program holds at a time, and how it is launched.
+
+    Shared memory decides: with a padded head size of 256 (SD 1.5's 160) larger ones do not fit a consumer GPU's 99 KiB.
+    """
+    if _padded(dim) < 128:
+        return 64, 64, {}
+    return 32, 32 if applying else 64, {"num_warps": 8, "num_stages": 1}
+
+
+def _device_of(x: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, not on its arguments'; compiled code sees to that itself."""
+    return nullcontext() if torch.compiler.is_compiling() or not x.is_cuda else torch.cuda.device(x.device)
 
 
 def _padded(dim: int) -> int:
@@ -124,7 +146,7 @@ def _apply_kernel(
     q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
     BLOCK: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     d = tl.arange(0, DIM)
     n = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
