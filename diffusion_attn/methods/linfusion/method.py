@@ -217,7 +217,8 @@ class _Install:
     unet: Any
 
     def __call__(self, attachment: Attachment) -> None:
-        dtype = self.unet.dtype
+        # Autocast casts as it computes: weights in training stay in full precision.
+        dtype = None if torch.is_autocast_enabled(self.unet.device.type) else self.unet.dtype
         for config, layer in zip(self.method.layers, self.method.weights, strict=True):
             attn = self.unet.get_submodule(config.module_name)
             assert isinstance(layer, LinFusionLayer)
