@@ -219,8 +219,9 @@ class Distiller:
         dtype = DTYPES[self.config.run.mixed_precision]
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
-                # SDXL's autoencoder overflows in half precision.
-                part.requires_grad_(False).eval().to(device, torch.float32 if name == "vae" else dtype)
+                part.requires_grad_(False).eval().to(device)
+                if name != "vae" and dtype != torch.float32:  # SDXL's autoencoder overflows in half precision
+                    part.to(dtype)
         if self.config.run.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
 
