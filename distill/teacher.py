@@ -49,10 +49,9 @@ def check_teacher(pipe: Any, name: str) -> None:
 
     unet: Any = getattr(pipe, "unet", None)
     vae: Any = getattr(pipe, "vae", None)
+    serves = isinstance(unet, UNet2DConditionModel) and vae is not None and hasattr(pipe, "encode_prompt")
     fits = (
-        isinstance(unet, UNet2DConditionModel)
-        and vae is not None
-        and hasattr(pipe, "encode_prompt")
+        serves
         and unet.config.in_channels == unet.config.out_channels == vae.config.latent_channels
         and unet.config.addition_embed_type in (None, "text_time")
         and pipe.scheduler.config.get("prediction_type", "epsilon") in PREDICTIONS
