@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -221,7 +221,7 @@ def fit_picture(image: Image.Image, size: int, fit: str) -> Sample:
 # ---- batches
 
 
-def load_batches(data: Data, positions: Sequence[Sequence[int]], workers: int) -> Iterator[list[Sample]]:
+def load_batches(data: Data, positions: Iterable[range], workers: int) -> Iterator[list[Sample]]:
     """Batches of samples, one for each range of ``positions``, loaded ahead by ``workers`` processes."""
     # A generator of its own: the loader would take its seed from the user's.
     return iter(

@@ -103,11 +103,11 @@ class Distiller:
         model, stepper = accelerator.prepare(StudentModel(pipe.unet, student), optimizer)
 
         shares = _shares(optim, accelerator)
-        positions = [
+        positions = (
             range(step * optim.batch_size + start, step * optim.batch_size + start + optim.micro_batch)
             for step in range(state.step, run.steps)
             for start in shares
-        ]
+        )
         batches = load_batches(data, positions, config.data.workers)
         broken: dict[str, str] = {}
         bar = tqdm(total=run.steps, initial=state.step, desc="distill", unit="step", disable=self.quiet or not main)

@@ -34,7 +34,7 @@ def add_arguments(parser: Any) -> None:
                     dest=_flat(section, option.name),
                     type=hints[option.name],
                     default=argparse.SUPPRESS,
-                    metavar=None if typing.get_origin(hints[option.name]) is typing.Literal else "VALUE",
+                    metavar="VALUE",
                     help=docs[option.name],
                 )
 

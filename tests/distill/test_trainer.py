@@ -68,8 +68,12 @@ def test_the_last_checkpoints_stay(distil, tmp_path):
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-000000004", "step-000000006"]
 
 
-@pytest.mark.parametrize("optim", [{}, {"schedule": "cosine", "warmup_steps": 2, "ema_decay": None}])
+@pytest.mark.parametrize(
+    "optim", [{}, {"schedule": "cosine", "warmup_steps": 2, "ema_decay": None}, {"name": "prodigy", "lr": 1.0}]
+)
 def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(distil, tmp_path, optim):
+    if optim.get("name") == "prodigy":
+        pytest.importorskip("prodigyopt")
     distil(optim=optim)
 
     def stop(self, step, values, norm):
@@ -107,6 +111,20 @@ def test_no_checkpoint_is_half_there(distil, tmp_path):
     (part / "state.json").write_text('{"st')
     distil(run={"resume": True})
     assert not part.exists()
+
+
+def test_a_damaged_checkpoint_is_told(distil, tmp_path):
+    distil()
+    file = tmp_path / "run" / "checkpoints" / "step-000000006" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(da.CheckpointFormatError, match=r"state.safetensors in 'step-000000006' cannot be read"):
+        distil(run={"resume": True, "steps": 8})
+
+
+def test_an_optimiser_that_is_not_installed(distil, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(ConfigError, match="pip install prodigyopt"):
+        distil(optim={"name": "prodigy", "lr": 1.0})
 
 
 def test_accumulation_is_the_whole_batch(distil, tmp_path):
@@ -167,7 +185,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_and_resumed(distil, recipe, tmp_path):
-    os.environ["OMP_NUM_THREADS"] = "1"
     killed = {**recipe, "run": {**recipe["run"], "output": str(tmp_path / "killed"), "steps": 100000}}
     process = subprocess.Popen(command(killed, tmp_path), env=ENVIRONMENT)
     checkpoints, deadline = tmp_path / "killed" / "checkpoints", time.monotonic() + 120
