@@ -16,7 +16,10 @@ MAY_IMPORT = {
     "processors": {"processors", "ops", "core"},
     "methods": {"methods", "processors", "ops", "core"},
     "shapes": {"shapes", "core"},
+    "distill": {"distill", "methods", "core", "shapes", "metrics"},
 }
+FOLDERS = {"distill": ROOT / "distill"}  # the others are inside the package
+ENTRY_POINT = "__main__.py"  # imported by nothing, so it may import the command line
 BASE = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "jsonargparse"}
 BROUGHT = {"numpy", "PIL", "psutil", "tqdm", "yaml", "huggingface_hub"}
 
@@ -31,7 +34,7 @@ def imports_of(path):
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
 def test_imports_go_one_way(part):
-    files = list((PACKAGE / part).rglob("*.py"))
+    files = [path for path in FOLDERS.get(part, PACKAGE / part).rglob("*.py") if path.name != ENTRY_POINT]
     assert files
     for path in files:
         for name in imports_of(path):
@@ -47,16 +50,18 @@ def test_ops_know_nothing_of_diffusers():
 
 
 def test_only_base_requirements_are_imported():
-    for path in PACKAGE.rglob("*.py"):
+    for path in (path for folder in (PACKAGE, *FOLDERS.values()) for path in folder.rglob("*.py")):
         for name in imports_of(path):
             root = name.split(".")[0]
             allowed = {*BASE, *BROUGHT, "diffusion_attn", *sys.stdlib_module_names}
-            assert root in allowed | KERNELS.get(path.parent.name, set()), f"{path}: {name}"
+            assert root in allowed | EXTRAS.get(path.parent.name, set()), f"{path}: {name}"
 
 
-KERNELS = {"kernels": {"triton"}}  # imported by the ops where it is installed
+EXTRAS = {"kernels": {"triton"}, "distill": {"prodigyopt"}}  # imported where they are installed
 OPTIONAL = (
     "triton",
+    "prodigyopt",
+    "tensorboard",
     "peft",
     "xformers",
     "torchmetrics",

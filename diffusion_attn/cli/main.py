@@ -8,12 +8,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from diffusion_attn.cli import generate, info
+from diffusion_attn.cli import distill, generate, info
 from diffusion_attn.cli.errors import sentence
 from diffusion_attn.version import __version__
 
 PROGRAM = "diffusion-attn"
-COMMANDS = {"generate": generate, "info": info}
+COMMANDS = {"generate": generate, "distill": distill, "info": info}
 """The subcommands: modules with ``add_arguments(parser)`` and ``run(args) -> exit code``."""
 
 

@@ -1,0 +1,68 @@
+"""Distil the weights of a method from a teacher, as a recipe says."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from typing import Any
+
+from diffusion_attn.cli.method_options import read_docstring
+from diffusion_attn.cli.quiet import silence
+from diffusion_attn.distill import DistillConfig, Distiller
+
+SHORT = {"data.path": "--data", "run.output": "--output"}
+"""Settings that go by a shorter name."""
+
+
+def add_arguments(parser: Any) -> None:
+    """Add the arguments of ``diffusion-attn distill``: the recipe, and an option for each of its settings."""
+    parser.usage = "diffusion-attn distill RECIPE [--data FOLDER] [--output FOLDER] [--resume] [--SECTION.NAME VALUE]"
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe of the package")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--quiet", action="store_true", help="show nothing but the error, if there is one")
+    for section, kind in typing.get_type_hints(DistillConfig).items():
+        summary, docs = read_docstring(kind)
+        group = parser.add_argument_group(section, summary)
+        hints = typing.get_type_hints(kind)
+        for option in dataclasses.fields(kind):
+            key = f"{section}.{option.name}"
+            if key != "run.resume":
+                # One flat name each: as nested names, --data would swallow --data.size.
+                group.add_argument(
+                    SHORT.get(key, f"--{key}"),
+                    dest=_flat(section, option.name),
+                    type=hints[option.name],
+                    default=argparse.SUPPRESS,
+                    metavar="VALUE",
+                    help=docs[option.name],
+                )
+
+
+def run(args: Any) -> int:
+    """Distil as the parsed ``args`` say and return the exit code.
+
+    Raises:
+        DiffusionAttnError: the recipe, the data or the model stands against it.
+    """
+    given = vars(args)
+    overrides: dict[str, dict[str, Any]] = {
+        section: {
+            option.name: given[_flat(section, option.name)]
+            for option in dataclasses.fields(kind)
+            if _flat(section, option.name) in given
+        }
+        for section, kind in typing.get_type_hints(DistillConfig).items()
+    }
+    if args.resume:
+        overrides["run"]["resume"] = True
+    with silence(args.quiet):
+        distiller = Distiller(DistillConfig.load(args.recipe, overrides), args.quiet)
+        distiller.train()
+    if not args.quiet:
+        print(distiller.output)
+    return 0
+
+
+def _flat(section: str, name: str) -> str:
+    return f"{section}__{name}"

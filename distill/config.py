@@ -1,0 +1,279 @@
+"""What a distillation run is: a tree of frozen dataclasses, read from YAML, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.methods import METHODS
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The recipes that come with the package."""
+
+SEEDS = 2**32
+"""Seeds are below this."""
+
+
+class ConfigError(DiffusionAttnError, ValueError):
+    """A recipe or an override says something that cannot be done."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The teacher, which is the student's frozen base as well.
+
+    Args:
+        name: an embedded model, a local diffusers folder, or a Hub id of a Stable Diffusion or SDXL pipeline.
+    """
+
+    name: str = "shapes-sd"
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name.strip()), "model.name", self.name, "an embedded model, a folder or a Hub id")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The student: the method whose weights are trained.
+
+    Args:
+        name: the method's name.
+        weights: folder or Hub id of weights to start from; without, they start from the teacher's own.
+        mid_divisor: the inner width of the projections is the layer's width divided by this (LinFusion: 1 for SD, 16
+            for SDXL); only without ``weights``, which have theirs.
+    """
+
+    name: str = "linfusion"
+    weights: str | None = None
+    mid_divisor: int = 1
+
+    def __post_init__(self) -> None:
+        trainable = [name for name, method in METHODS.items() if hasattr(method, "for_model")]
+        _check(self.name in trainable, "method.name", self.name, f"a method with weights: {', '.join(trainable)}")
+        _check(self.mid_divisor >= 1, "method.mid_divisor", self.mid_divisor, "1 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pictures with captions.
+
+    Args:
+        source: ``"folder"``, pictures with captions in files; or ``"shapes"``, scenes drawn by code.
+        path: the folder, for source ``"folder"``.
+        size: side of the training pictures in pixels; by default the model's own.
+        fit: how a picture becomes a square: ``"squash"`` (bicubic) or ``"crop"`` (shorter side to size, centre).
+        caption_dropout: share of captions that are replaced by the empty one.
+        max_broken: share of the folder's pictures that may turn out to be unreadable before the run stops.
+        workers: processes that load pictures beside the training.
+    """
+
+    source: Literal["folder", "shapes"] = "folder"
+    path: str | None = None
+    size: int | None = None
+    fit: Literal["squash", "crop"] = "squash"
+    caption_dropout: float = 0.0
+    max_broken: float = 0.01
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.size is None or self.size >= 8, "data.size", self.size, "8 pixels or more, or null")
+        _check(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "a share, 0 to below 1")
+        _check(0 <= self.max_broken <= 1, "data.max_broken", self.max_broken, "a share, 0 to 1")
+        _check(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms of the loss; a term of weight 0 is not computed.
+
+    Args:
+        target: error against what the denoiser should predict: noise or velocity, as the model does.
+        prediction: error against the teacher's prediction.
+        attention: error against the outputs of the teacher's attention, the mean over layers.
+        layers: a regular expression; ``attention`` takes only layers whose name it is found in.
+    """
+
+    target: float = 1.0
+    prediction: float = 0.5
+    attention: float = 0.5
+    layers: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("target", "prediction", "attention"):
+            _check(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a weight, 0 or more")
+        _check(self.target + self.prediction + self.attention > 0, "loss", asdict(self), "one weight above 0 at least")
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise ConfigError(f"loss.layers={self.layers!r}: expected a regular expression; {error}.") from error
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser and its batches.
+
+    Args:
+        name: ``"adamw"``, or ``"prodigy"`` (pip install prodigyopt), which finds its own rate: give it lr 1.
+        lr: learning rate.
+        weight_decay: of the optimiser.
+        betas: of the optimiser.
+        schedule: of the learning rate over the run's steps, one of diffusers' schedules.
+        warmup_steps: steps in which the rate rises from 0, where the schedule has a warm-up.
+        max_grad_norm: gradients are scaled down to this norm; null: never.
+        ema_decay: weights are averaged over steps with this decay at most, and the averages saved; null: no averaging.
+        batch_size: pictures of one optimiser step, over all processes.
+        micro_batch: pictures of one forward pass of one process; the rest of ``batch_size`` is accumulated.
+    """
+
+    name: Literal["adamw", "prodigy"] = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant"
+    )
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    ema_decay: float | None = None
+    batch_size: int = 8
+    micro_batch: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        _check(self.lr > 0, "optim.lr", self.lr, "a rate above 0, such as 1e-4")
+        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers, 0 to below 1")
+        _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        norm, decay = self.max_grad_norm, self.ema_decay
+        _check(norm is None or norm > 0, "optim.max_grad_norm", norm, "a norm above 0, or null for no clipping")
+        _check(decay is None or 0 < decay < 1, "optim.ema_decay", decay, "a decay between 0 and 1, or null")
+        _check(self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, "1 or more")
+        fits = self.batch_size >= 1 and self.batch_size % self.micro_batch == 0
+        _check(fits, "optim.batch_size", self.batch_size, f"a multiple of optim.micro_batch={self.micro_batch}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where, and what is kept.
+
+    Args:
+        output: folder for the weights, this configuration, the losses, and checkpoints.
+        steps: optimiser steps of the whole run.
+        seed: decides samples, timesteps and noise of every step.
+        mixed_precision: ``"no"``, ``"fp16"`` (GPUs) or ``"bf16"``: what is computed in, and the frozen parts are
+            kept in; the weights in training stay in float32.
+        gradient_checkpointing: compute activations twice rather than keep them.
+        save_every: steps between checkpoints.
+        keep: how many of the last checkpoints are kept.
+        resume: go on from the last checkpoint in ``output``, if there is one.
+        log_every: steps between entries of the losses that are kept and go to ``trackers``.
+        trackers: accelerate's trackers, for example ``["tensorboard"]``.
+        save_dtype: of the saved weights; published ones have 16 bit.
+    """
+
+    output: str = "distilled"
+    steps: int = 1000
+    seed: int = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    save_every: int = 500
+    keep: int = 2
+    resume: bool = False
+    log_every: int = 10
+    trackers: list[str] = field(default_factory=list)
+    save_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        _check(bool(self.output.strip()), "run.output", self.output, "a folder")
+        for name in ("steps", "save_every", "keep", "log_every"):
+            _check(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "1 or more")
+        _check(0 <= self.seed < SEEDS, "run.seed", self.seed, f"0 to {SEEDS - 1}")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A distillation run.
+
+    Args:
+        model: the teacher.
+        method: the student.
+        data: pictures with captions.
+        loss: weights of the terms of the loss.
+        optim: the optimiser and its batches.
+        run: how long, where, and what is kept.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def load(cls, recipe: str | Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> DistillConfig:
+        """Read a recipe.
+
+        Args:
+            recipe: a YAML file, or the name of a recipe that comes with the package.
+            overrides: values by section and name, which come before the recipe's.
+
+        Raises:
+            ConfigError: there is no such file, it is not YAML, or a name or value is not what it should be.
+        """
+        from jsonargparse import ArgumentParser
+
+        path = find_recipe(recipe)
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls)
+        try:
+            settings = parser.parse_string(path.read_text(encoding="utf-8"))
+            settings = parser.parse_object({name: dict(part) for name, part in (overrides or {}).items()}, settings)
+            return cls(**vars(parser.instantiate(settings)))
+        except ConfigError:
+            raise
+        except Exception as error:  # jsonargparse tells by ArgumentError, TypeError or the YAML reader's own
+            message = " ".join(str(error).split()).replace('Parser key "', 'key "')
+            raise ConfigError(
+                f"recipe {str(recipe)!r}: {message.rstrip('.')}; correct the recipe or option."
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as YAML that `load` reads."""
+        import yaml
+
+        plain = asdict(self)
+        plain["optim"]["betas"] = list(self.optim.betas)
+        path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on: everything but how long, where, and what is kept."""
+        plain = asdict(self)
+        plain["run"] = {"seed": self.run.seed, "mixed_precision": self.run.mixed_precision}
+        del plain["data"]["workers"]
+        return plain
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one, with or without ``recipes/`` and ``.yaml``.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    shipped = RECIPES / path.with_suffix(".yaml").name
+    if path.parent in (Path("."), Path("recipes")) and shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    raise ConfigError(f"recipe {str(recipe)!r} is no file here; give one, or one that comes with the package: {names}.")
+
+
+def _check(right: bool, key: str, value: Any, expected: str) -> None:
+    if not right:
+        raise ConfigError(f"{key}={value!r}: expected {expected}; set --{key} or correct the recipe.")

@@ -1,0 +1,122 @@
+"""The teacher's pipeline: loaded, checked, and asked for latents, conditions and its noise schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
+from diffusion_attn.distill.data import Sample
+from diffusion_attn.distill.losses import PREDICTIONS
+from diffusion_attn.shapes import models
+
+
+def load_teacher(name: str) -> Any:
+    """Load a pipeline in float32 on the CPU: an embedded one, a local folder's or the Hub's, in this order.
+
+    Raises:
+        DiffusionAttnError: it cannot be loaded.
+        UnsupportedModelError: it is not a text-to-image pipeline of Stable Diffusion or SDXL.
+    """
+    from diffusers import DiffusionPipeline
+
+    path = Path(name).expanduser()
+    try:
+        if name in models.available():
+            pipe = models.load_pipeline(name)
+        else:
+            pipe = DiffusionPipeline.from_pretrained(path if path.is_dir() else name, dtype=torch.float32)
+    except Exception as error:  # loaders raise whatever the broken file or the connection made them raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+        raise DiffusionAttnError(
+            f"model.name={name!r} could not be loaded ({reason}); give an embedded model "
+            f"({', '.join(models.available())}), a diffusers folder, or a Hub id that can be reached."
+        ) from error
+    check_teacher(pipe, name)
+    return pipe
+
+
+def check_teacher(pipe: Any, name: str) -> None:
+    """Make sure that a pipeline can be distilled.
+
+    Raises:
+        UnsupportedModelError: it is not a text-to-image pipeline of Stable Diffusion or SDXL.
+    """
+    from diffusers import UNet2DConditionModel
+
+    unet: Any = getattr(pipe, "unet", None)
+    vae: Any = getattr(pipe, "vae", None)
+    serves = isinstance(unet, UNet2DConditionModel) and vae is not None and hasattr(pipe, "encode_prompt")
+    fits = (
+        serves
+        and unet.config.in_channels == unet.config.out_channels == vae.config.latent_channels
+        and unet.config.addition_embed_type in (None, "text_time")
+        and pipe.scheduler.config.get("prediction_type", "epsilon") in PREDICTIONS
+    )
+    if not fits:
+        raise UnsupportedModelError(
+            f"model.name={name!r} is a {type(pipe).__name__}: expected a text-to-image pipeline with a UNet that "
+            "predicts noise or velocity (Stable Diffusion 1.x, 2.x, SDXL); give one of these."
+        )
+
+
+def native_size(pipe: Any) -> int:
+    """Side in pixels of the pictures that the model was trained on."""
+    cells = pipe.unet.config.sample_size
+    return (cells if isinstance(cells, int) else min(cells)) * pipe.vae_scale_factor
+
+
+class NoiseSchedule:
+    """The model's own noise schedule: how much of signal and noise there is at each timestep.
+
+    Args:
+        scheduler: of the pipeline, whatever its kind; only its config is read.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        from diffusers import DDPMScheduler
+
+        schedule = DDPMScheduler.from_config(scheduler.config)
+        self.prediction_type: str = schedule.config.prediction_type
+        self.alphas: torch.Tensor = schedule.alphas_cumprod.float()
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    def at(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares of signal and noise, ``(batch,)`` each, at ``timesteps``, ``(batch,)``."""
+        alphas = self.alphas.to(timesteps.device)[timesteps]
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+def encode_pictures(vae: Any, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Scaled latents ``(batch, channels, height, width)`` of ``pixels`` ``(batch, 3, size, size)``.
+
+    ``noise``, as the latents, decides which of the possible ones is taken.
+    """
+    posterior = vae.encode(pixels).latent_dist
+    return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+
+
+def encode_captions(
+    pipe: Any, samples: Sequence[Sample], dropped: torch.Tensor, device: torch.device
+) -> dict[str, Any]:
+    """What the UNet wants beside latents and timesteps, by the names of its arguments.
+
+    Args:
+        pipe: the teacher.
+        samples: their captions, and for SDXL their sizes and crops.
+        dropped: ``(batch,)``, bool; where true the caption is the empty one.
+        device: of the results.
+    """
+    captions = ["" if drop else sample.caption for sample, drop in zip(samples, dropped.tolist(), strict=True)]
+    encoded = pipe.encode_prompt(captions, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    if pipe.unet.config.addition_embed_type is None:
+        return {"encoder_hidden_states": encoded[0]}
+    text, _, pooled, _ = encoded
+    ids = [(*sample.original, *sample.corner, *sample.pixels.shape[-2:]) for sample in samples]
+    time_ids = torch.tensor(ids, dtype=torch.float32, device=device)
+    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}

@@ -1,0 +1,147 @@
+"""Folders of pictures and scenes drawn by code."""
+
+import json
+import logging
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_attn import shapes
+from diffusion_attn.distill import DataError
+from diffusion_attn.distill.config import DataConfig
+from diffusion_attn.distill.data import FolderData, find_pictures, fit_picture, load_batches, open_data
+from diffusion_attn.distill.teacher import encode_captions
+from tests import tiny
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight pictures, each in one grey that is its number times 30."""
+    for index in range(8):
+        below = tmp_path / ("below" if index % 2 else ".")
+        below.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 10 + index), (30 * index,) * 3).save(below / f"{index}.png")
+        (below / f"{index}.txt").write_text(f"number {index}\n")
+    return tmp_path
+
+
+def data_of(folder, **config):
+    return open_data(DataConfig(path=str(folder), **config), 8, 0)
+
+
+def test_pictures_with_text_files_beside(folder):
+    (folder / "alone.png").write_bytes((folder / "0.png").read_bytes())
+    data = data_of(folder)
+    epochs = [[data[position].caption for position in range(start, start + 8)] for start in (0, 8)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [f"number {index}" for index in range(8)]
+    assert epochs[0] != epochs[1]
+    assert [data[position].caption for position in range(8)] == epochs[0]
+    sample = data[3]
+    number = int(sample.caption.split()[1])
+    assert sample.original == (10 + number, 20) and sample.pixels.shape == (3, 8, 8)
+    torch.testing.assert_close(sample.pixels, torch.full((3, 8, 8), 30 * number / 127.5 - 1))
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "captions.csv", "metadata.csv"])
+def test_pictures_with_a_list_of_captions(folder, name):
+    if name.endswith("csv"):
+        text = '\ufefffile_name,text\n0.png,"zero, nothing"\nbelow/1.png,one\n'
+    else:
+        text = "\n".join(
+            json.dumps({"file_name": f, "text": t}) for f, t in [("0.png", "zero, nothing"), ("below/1.png", "one")]
+        )
+    (folder / name).write_text(text, encoding="utf-8")
+    assert [text for _, text in find_pictures(str(folder))] == ["zero, nothing", "one"]
+
+
+def test_broken_pictures_are_told_and_replaced_by_the_next(folder):
+    order = [data_of(folder)[position].caption for position in range(8)]
+    broken = [int(text.split()[1]) for text in order[2:4]]
+    for index in broken:
+        (next(folder.rglob(f"{index}.png"))).write_bytes(b"not a picture" if index % 2 else b"")
+    data = data_of(folder, max_broken=0.25)
+    sample = data[2]
+    assert sample.caption == order[4]
+    assert [path.rpartition("/")[2] for path, _ in sample.broken] == [f"{index}.png" for index in broken]
+    data.check_broken(2)
+    with pytest.raises(DataError, match=r"3 of 8 .*max_broken=0.25 allows 2"):
+        data.check_broken(3)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of 8"):
+        data[0]
+
+
+def test_a_run_reports_broken_pictures_and_stops_when_they_are_too_many(distil, folder, caplog, tmp_path):
+    (folder / "4.png").write_bytes(b"")
+    data = {"source": "folder", "path": str(folder), "max_broken": 0.2}
+    with caplog.at_level(logging.WARNING):
+        distil(data=data)
+    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(told) == 1 and "4.png" in told[0]
+    with pytest.raises(DataError, match="1 of 8"):
+        distil(data={**data, "max_broken": 0.1}, run={"output": str(tmp_path / "strict")})
+
+
+def test_a_crop_keeps_the_shape_of_things_and_says_where_it_is():
+    sample = fit_picture(Image.new("RGB", (40, 20)), 8, "crop")
+    assert sample.original == (20, 40) and sample.corner == (0, 4) and sample.pixels.shape == (3, 8, 8)
+    sample = fit_picture(Image.new("RGB", (9, 33)), 8, "crop")
+    assert sample.corner == (10, 0) and sample.pixels.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
+def test_any_mode_is_read(tmp_path, mode):
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new(mode, (9, 9)).save(path)
+    assert FolderData([(path, "")], 8, 0)[0].pixels.shape == (3, 8, 8)
+
+
+def test_shapes_are_scenes_of_the_training_split():
+    data = open_data(DataConfig(source="shapes"), 32, 5)
+    captions = [data[position].caption for position in range(20)]
+    assert len(set(captions)) > 15 and captions == [data[position].caption for position in range(20)]
+    assert shapes.parse_caption(captions[0]) and data[0].pixels.shape == (3, 32, 32)
+    assert data[0].pixels.min() >= -1 and data[0].pixels.max() <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_the_positions_asked_for(folder, workers):
+    data = data_of(folder)
+    batches = list(load_batches(data, [range(0, 3), range(6, 9)], workers))
+    captions = [[sample.caption for sample in batch] for batch in batches]
+    assert captions == [[data[position].caption for position in positions] for positions in (range(3), range(6, 9))]
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "expected"),
+    [
+        (None, {}, "--data FOLDER"),
+        ("none", {}, "'none'|none"),
+        (".", {}, "no pictures with captions"),
+        (".", {"metadata.jsonl": "{"}, "metadata.jsonl' cannot be read"),
+        (".", {"captions.csv": "name,words\na.png,b\n"}, "KeyError"),
+    ],
+)
+def test_folders_that_hold_nothing(tmp_path, path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=expected):
+        find_pictures(path and str(tmp_path / path))
+
+
+def test_conditions_are_the_pipelines_own(folder):
+    samples = [data_of(folder, fit="crop")[position] for position in range(2)]
+    pipe = tiny.sd()
+    dropped = torch.tensor([False, True])
+    given = encode_captions(pipe, samples, dropped, torch.device("cpu"))
+    assert list(given) == ["encoder_hidden_states"]
+    text, empty = pipe.encode_prompt(samples[0].caption, "cpu", 1, True, negative_prompt="")
+    torch.testing.assert_close(given["encoder_hidden_states"], torch.cat([text, empty]))
+    given = encode_captions(tiny.sdxl(), samples, dropped, torch.device("cpu"))
+    assert given["encoder_hidden_states"].shape[::2] == (2, 24)
+    added = given["added_cond_kwargs"]
+    height, width = samples[1].original
+    assert added["time_ids"][1].tolist() == [height, width, *samples[1].corner, 8, 8]
+    assert added["text_embeds"].shape == (2, 12)
