@@ -217,13 +217,16 @@ class _Install:
     unet: Any
 
     def __call__(self, attachment: Attachment) -> None:
-        # Autocast casts as it computes: weights in training stay in full precision.
-        dtype = None if torch.is_autocast_enabled(self.unet.device.type) else self.unet.dtype
         for config, layer in zip(self.method.layers, self.method.weights, strict=True):
             attn = self.unet.get_submodule(config.module_name)
             assert isinstance(layer, LinFusionLayer)
             device = base_layer(attn.to_q).weight.device
-            layer.to(dtype=dtype, device=None if device.type == "meta" else device)  # meta: offloaded layer by layer
+            if device.type == "meta":  # offloaded layer by layer
+                layer.to(self.unet.dtype)
+            elif torch.is_autocast_enabled(device.type):  # casts as it computes: weights in training stay as they are
+                layer.to(device)
+            else:
+                layer.to(device, self.unet.dtype)
             for name, own in layer.linears():
                 base = base_layer(attn.get_submodule(name))
                 attachment.after(base, Substitute(own))
