@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_attn.core.errors import CheckpointFormatError
+from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
 from diffusion_attn.distill.config import ConfigError
 from diffusion_attn.methods.checkpoints import read_json, read_tensors
 
@@ -124,12 +124,25 @@ class Checkpoints:
         return next(reversed(self.all()), None)
 
     def save(self, state: TrainState) -> Path:
-        """Write ``state`` beside the others, give it its name when it is complete, and remove what is too old."""
+        """Write ``state`` beside the others, give it its name when it is complete, and remove what is too old.
+
+        Raises:
+            DiffusionAttnError: it cannot be written; the others are left as they are.
+        """
+        from safetensors import SafetensorError
+
         self.clean()
         final = self.folder / f"{_PREFIX}{state.step:09d}"
         part = self.folder / f".part-{final.name}"
-        part.mkdir(parents=True)
-        state.save(part)
+        try:
+            part.mkdir(parents=True)
+            state.save(part)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise DiffusionAttnError(
+                f"checkpoint {str(final)!r} cannot be written ({error}); make room, and go on from the one before with "
+                "--resume."
+            ) from error
         if final.exists():
             self._remove(final)
         part.rename(final)

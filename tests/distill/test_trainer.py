@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from diffusers import DiffusionPipeline
@@ -113,6 +114,21 @@ def test_no_checkpoint_is_half_there(distil, tmp_path):
     assert not part.exists()
 
 
+def test_a_full_disk_is_told_and_the_checkpoint_before_is_kept(distil, tmp_path, monkeypatch):
+    save_file, calls = safetensors.torch.save_file, []
+
+    def fills_up(tensors, path, *metadata):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, *metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", fills_up)
+    with pytest.raises(da.DiffusionAttnError, match=r"step-000000004' cannot be written .*No space left"):
+        distil()
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-000000002"]
+
+
 def test_a_damaged_checkpoint_is_told(distil, tmp_path):
     distil()
     file = tmp_path / "run" / "checkpoints" / "step-000000006" / "state.safetensors"
@@ -181,7 +197,8 @@ def command(recipe, folder, *launcher):
     return [sys.executable, *launcher, "-m", "diffusion_attn.distill", str(file), "--quiet", "--data.workers", "0"]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# As many threads as here: sums of another order are other sums.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def test_killed_and_resumed(distil, recipe, tmp_path):
