@@ -155,7 +155,7 @@ class Distiller:
 
         if state.ema is not None:
             state.ema.copy_to(parameters)
-        student = replace(student.to(getattr(torch, run.save_dtype)), dtype=None)  # type: ignore[type-var]
+        student = replace(student.to(getattr(torch, run.save_dtype)), dtype=None)
         if main:
             self._save(student)
         accelerator.end_training()
