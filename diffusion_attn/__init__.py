@@ -1,5 +1,8 @@
 """diffusion-attn: attention methods for diffusers pipelines, switched on by a line and off by a line."""
 
+from importlib import import_module
+from types import ModuleType
+
 from diffusion_attn import ops, processors, shapes
 from diffusion_attn.core.enable import EnableReport, disable, enable, enabled, using
 from diffusion_attn.core.errors import (
@@ -30,3 +33,10 @@ __all__ = [
     "shapes",
     "using",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Parts that are loaded when they are first asked for: they cost more than the rest together."""
+    if name == "distill":
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,8 @@
 """Recipes: read, overridden, checked before anything is loaded; and the command."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -115,3 +117,13 @@ def test_what_only_the_model_can_tell(distil, changes, expected, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(da.DiffusionAttnError, match=expected):
         distil(**changes)
+
+
+def test_it_is_part_of_the_package_without_being_loaded_with_it():
+    script = """
+import sys
+import diffusion_attn as da
+assert "diffusion_attn.distill" not in sys.modules
+da.distill.DistillConfig()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
