@@ -34,7 +34,7 @@ def add_quality(commands: Any, parents: list[argparse.ArgumentParser], variants:
     add("--captions", type=int, default=100, help="held-out captions, one picture each")
     add("--seed", type=int, default=0, help="of the captions and of the first picture's noise")
     add("--steps", type=int, default=30)
-    add("--guidance", type=float, default=3.0)
+    add("--guidance", type=float, default=2.0)
     add("--batch", type=int, default=10, help="pictures drawn together")
     add("--restart", action="store_true", help="drop the rows that are there")
 

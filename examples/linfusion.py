@@ -18,7 +18,7 @@ pipe = da.shapes.load_pipeline()
 
 def draw():
     """The same seed each time."""
-    return pipe(PROMPT, num_inference_steps=20, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images[
+    return pipe(PROMPT, num_inference_steps=20, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[
         0
     ]
 

@@ -607,7 +607,7 @@ def test_the_embedded_model_is_the_default_and_loads_silently(monkeypatch, tmp_p
     capfd.readouterr()
     assert main(["generate", "a", "--output", str(tmp_path), "--device", "cpu", "--size", "32"]) == 0
     record = json.loads((tmp_path / "0000-a-seed0.json").read_text())
-    assert (record["model"], record["steps"], record["guidance"]) == ("shapes-sd", 30, 3.0)
+    assert (record["model"], record["steps"], record["guidance"]) == ("shapes-sd", 30, 2.0)
     assert "Loading" not in capfd.readouterr().err
 
 

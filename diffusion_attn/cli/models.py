@@ -17,7 +17,7 @@ Size = tuple[int, int]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NEEDED = ("prompt", "width", "height", "num_inference_steps", "generator")
-_EMBEDDED_STEPS, _EMBEDDED_GUIDANCE = 30, 3.0  # what the embedded models are evaluated with
+_EMBEDDED_STEPS, _EMBEDDED_GUIDANCE = 30, 2.0  # what the embedded models are evaluated with
 
 
 def check_model(model: str) -> None:

@@ -11,7 +11,7 @@ from diffusion_attn.shapes.models import FOLDER
 from diffusion_attn.shapes.renderer import rasterize
 
 CAPTIONS = 24
-EXACT = 0.6  # three standard deviations below what the model card reports for 200 captions
+EXACT = 0.65  # three standard deviations below what the model card reports for 200 captions
 BACKGROUND = 0.9
 
 
@@ -57,7 +57,7 @@ def test_the_autoencoder_reconstructs(pipe):
 def test_it_draws_captions_it_never_saw(pipe):
     prompts = [da.shapes.caption(scene) for scene in da.shapes.sample_scenes(CAPTIONS, seed=98, held_out=True)]
     generators = [torch.Generator().manual_seed(seed) for seed in range(CAPTIONS)]
-    images = pipe(prompts, num_inference_steps=30, guidance_scale=3.0, generator=generators).images
+    images = pipe(prompts, num_inference_steps=30, guidance_scale=2.0, generator=generators).images
     score = da.shapes.score(images, prompts)
     assert score.exact >= EXACT and score.background >= BACKGROUND, score.as_dict()
 
