@@ -52,15 +52,11 @@ def add_method_options(parser: Any) -> None:
             group.add_argument(f"--{name}.{option.name}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
-def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], Method]]:
-    """The methods of ``names`` with the options in ``args``, the parsed arguments.
-
-    A method with weights and no ``--weights`` is left to be made from the pipeline, once that is loaded.
+def check_names(names: list[str]) -> None:
+    """Make sure that ``names`` are methods, each once.
 
     Raises:
-        CommandError: a name is unknown or twice there, options or weights belong to a method that is not asked for, or
-            the method refuses its options.
-        DiffusionAttnError: the weights cannot be loaded.
+        CommandError: they are not.
     """
     for name in names:
         if name not in METHODS:
@@ -68,6 +64,17 @@ def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], 
             raise CommandError(f"--method {name!r} is not a method; there are: {', '.join(METHODS)}{hint}.")
         if names.count(name) > 1:
             raise CommandError(f"--method {name!r} is given {names.count(name)} times; give it once.")
+
+
+def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], Method]]:
+    """The methods of ``names`` with the options in ``args``, the parsed arguments.
+
+    A method with weights and no ``--weights`` is left to be made from the pipeline, once that is loaded.
+
+    Raises:
+        CommandError: options or weights belong to a method that is not asked for, or the method refuses its options.
+        DiffusionAttnError: the weights cannot be loaded.
+    """
     given = {name: vars(args[name]) for name in METHODS if name in args}
     for name, options in given.items():
         if name not in names:

@@ -13,7 +13,7 @@ import torch
 
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.files import prepare_folder
-from diffusion_attn.cli.method_options import add_method_options, build_methods
+from diffusion_attn.cli.method_options import add_method_options, build_methods, check_names
 from diffusion_attn.cli.models import Size, check_model
 from diffusion_attn.core.method import Method
 
@@ -77,6 +77,7 @@ def read_request(args: Any) -> Request:
     Raises:
         CommandError: an argument is not what it should be.
     """
+    check_names(args.method)
     prompts = (*(args.prompt or ()), *_read_prompts(args.prompts))
     if not prompts:
         raise CommandError("no prompt is given; name at least one, or a file with --prompts.")

@@ -58,7 +58,7 @@ class LinFusion:
     weights: nn.ModuleList = field(repr=False, metadata={"option": False})
     source: str | None = field(default=None, metadata={"option": False})
     base_weights: str = "device"
-    dtype: torch.dtype | None = field(default=None, metadata={"option": False})
+    dtype: torch.dtype | None = field(default=None, repr=False, metadata={"option": False})
 
     def __post_init__(self) -> None:
         _check_place(self.base_weights)
