@@ -62,25 +62,37 @@ class DataConfig:
     """Pictures with captions.
 
     Args:
-        source: ``"folder"``, pictures with captions in files; or ``"shapes"``, scenes drawn by code.
-        path: the folder, for source ``"folder"``.
+        source: ``"folder"``, pictures with captions in files; ``"webdataset"``, tar files; ``"hub"``, a dataset of the
+            Hugging Face Hub or one in their format; ``"cache"``, what ``diffusion-attn distill cache`` made; or
+            ``"shapes"``, scenes drawn by code.
+        path: the folder; a tar file, a folder of them, or a pattern such as ``train-*.tar``; or the dataset's id.
+        split: of a dataset of source ``"hub"``.
+        image_column: of a dataset of source ``"hub"``.
+        caption_column: of a dataset, of ``metadata.jsonl`` and ``captions.csv``, or of the JSON in a tar file.
         size: side of the training pictures in pixels; by default the model's own.
-        fit: how a picture becomes a square: ``"squash"`` (bicubic) or ``"crop"`` (shorter side to size, centre).
+        fit: how a picture becomes a square: ``"squash"`` (bicubic) or ``"crop"`` (shorter side to size, centre); or
+            ``"bucket"``: it does not, but is cropped to the nearest of several shapes with about as many pixels.
+        max_aspect: longer side by shorter side of the longest bucket.
         caption_dropout: share of captions that are replaced by the empty one.
-        max_broken: share of the folder's pictures that may turn out to be unreadable before the run stops.
+        max_broken: share of the pictures that may turn out to be unreadable before the run stops.
         workers: processes that load pictures beside the training.
     """
 
-    source: Literal["folder", "shapes"] = "folder"
+    source: Literal["folder", "webdataset", "hub", "cache", "shapes"] = "folder"
     path: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    caption_column: str = "text"
     size: int | None = None
-    fit: Literal["squash", "crop"] = "squash"
+    fit: Literal["squash", "crop", "bucket"] = "squash"
+    max_aspect: float = 2.0
     caption_dropout: float = 0.0
     max_broken: float = 0.01
     workers: int = 0
 
     def __post_init__(self) -> None:
         _check(self.size is None or self.size >= 8, "data.size", self.size, "8 pixels or more, or null")
+        _check(1 <= self.max_aspect <= 8, "data.max_aspect", self.max_aspect, "a ratio, 1 to 8")
         _check(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "a share, 0 to below 1")
         _check(0 <= self.max_broken <= 1, "data.max_broken", self.max_broken, "a share, 0 to 1")
         _check(self.workers >= 0, "data.workers", self.workers, "0 or more")
@@ -172,6 +184,10 @@ class RunConfig:
         resume: go on from the last checkpoint in ``output``, if there is one.
         log_every: steps between entries of the losses that are kept and go to ``trackers``.
         trackers: accelerate's trackers, for example ``["tensorboard"]``.
+        validation_prompts: drawn by teacher and student, with the same seeds, into ``output/pictures``.
+        validation_every: steps between these pictures; null: none are drawn.
+        validation_steps: denoising steps of these pictures.
+        validation_guidance: guidance scale of these pictures; by default the pipeline's own.
         save_dtype: of the saved weights; published ones have 16 bit.
     """
 
@@ -185,12 +201,21 @@ class RunConfig:
     resume: bool = False
     log_every: int = 10
     trackers: list[str] = field(default_factory=list)
+    validation_prompts: list[str] = field(default_factory=list)
+    validation_every: int | None = None
+    validation_steps: int = 20
+    validation_guidance: float | None = None
     save_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
         _check(bool(self.output.strip()), "run.output", self.output, "a folder")
-        for name in ("steps", "save_every", "keep", "log_every"):
+        for name in ("steps", "save_every", "keep", "log_every", "validation_steps"):
             _check(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "1 or more")
+        every, guidance = self.validation_every, self.validation_guidance
+        _check(every is None or every >= 1, "run.validation_every", every, "1 or more, or null")
+        _check(guidance is None or guidance >= 0, "run.validation_guidance", guidance, "0 or more, or null")
+        drawn = every is None or bool(self.validation_prompts)
+        _check(drawn, "run.validation_prompts", self.validation_prompts, "one or more with run.validation_every")
         _check(0 <= self.seed < SEEDS, "run.seed", self.seed, f"0 to {SEEDS - 1}")
 
 

@@ -1,36 +1,30 @@
-"""Pictures with captions: a folder of files, or scenes of the shapes world, by position in an endless sequence."""
+"""Training data as an endless sequence: any position can be asked for, and always gives the same sample."""
 
 from __future__ import annotations
 
-import csv
-import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import cycle, islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.distill.buckets import bucket_shapes, nearest_shape
 from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.draws import generator
+from diffusion_attn.distill.sources import DataError, Pictures
 from diffusion_attn.shapes.captions import caption
 from diffusion_attn.shapes.renderer import rasterize
 from diffusion_attn.shapes.scenes import sample_scene
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""Files that are pictures."""
-
-CAPTION_FILES = ("metadata.jsonl", "captions.csv", "metadata.csv")
-"""Where a folder's captions are looked for, in this order; without any of them in a text file beside each picture."""
-
-
-class DataError(DiffusionAttnError):
-    """The training pictures are not there or cannot be read."""
+Broken = tuple[tuple[str, str], ...]
+"""Names of pictures that cannot be read, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +32,25 @@ class Sample:
     """One picture with its caption.
 
     Attributes:
-        pixels: ``(3, size, size)``, float32 in -1..1.
+        pixels: ``(3, height, width)``, float32 in -1..1.
         caption: what it shows.
         original: height and width of the file, in pixels.
         corner: top and left of the crop, in pixels of the resized picture.
-        broken: files that were tried before this one and cannot be read, with the reason.
+        broken: pictures that were tried before this one and cannot be read.
     """
 
     pixels: torch.Tensor
     caption: str
     original: tuple[int, int]
     corner: tuple[int, int] = (0, 0)
-    broken: tuple[tuple[str, str], ...] = ()
+    broken: Broken = ()
 
 
 class Data(Protocol):
     """An endless sequence of samples; the same position always gives the same sample."""
 
-    def __getitem__(self, position: int) -> Sample:
-        """The sample at ``position``, 0 or more."""
+    def __getitem__(self, position: int) -> Any:
+        """The sample at ``position``, 0 or more; those of one batch have the same shape."""
         ...
 
     def check_broken(self, count: int) -> None:
@@ -66,17 +60,6 @@ class Data(Protocol):
             DataError: they are.
         """
         ...
-
-
-def open_data(config: DataConfig, size: int, seed: int) -> Data:
-    """The data of a run, at ``size`` pixels.
-
-    Raises:
-        DataError: they are not there.
-    """
-    if config.source == "shapes":
-        return ShapesData(size, seed)
-    return FolderData(find_pictures(config.path), size, seed, config.fit, config.max_broken)
 
 
 # ---- shapes
@@ -99,70 +82,88 @@ class ShapesData:
         """There are none."""
 
 
-# ---- a folder
+# ---- pictures
 
 
-def find_pictures(folder: str | None) -> list[tuple[Path, str]]:
-    """The pictures of a folder and below with their captions, by name.
+class Order:
+    """The order in which items are taken: each once an epoch, as seed and epoch decide.
 
-    Captions are in ``metadata.jsonl`` (``file_name`` and ``text``), ``captions.csv`` or ``metadata.csv`` (the same
-    columns), or in a ``.txt`` beside each picture. Pictures without a caption are left out.
-
-    Raises:
-        DataError: there is no such folder, no picture with a caption in it, or a caption file is not of its format.
-    """
-    if folder is None:
-        raise DataError("data.path is not given: expected a folder of pictures with captions; add --data FOLDER.")
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise DataError(f"data.path={folder!r}: expected a folder of pictures with captions, and there is none.")
-    listed = next((root / name for name in CAPTION_FILES if (root / name).is_file()), None)
-    found = list(_beside(root)) if listed is None else [(root / name, text) for name, text in _rows(listed)]
-    if not found:
-        raise DataError(
-            f"data.path={folder!r} has no pictures with captions: expected {', '.join(SUFFIXES)} with a .txt beside "
-            f"each, or a {' or '.join(CAPTION_FILES)} with file_name and text."
-        )
-    return sorted(found)
-
-
-def _beside(root: Path) -> Iterator[tuple[Path, str]]:
-    for path in root.rglob("*"):
-        text = path.with_suffix(".txt")
-        if path.suffix.lower() in SUFFIXES and text.is_file():
-            yield path, text.read_text(encoding="utf-8").strip()
-
-
-def _rows(file: Path) -> Iterator[tuple[str, str]]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows: Any = csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
-            for row in rows:
-                yield str(row["file_name"]), str(row["text"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); expected file_name and text in every row."
-        ) from error
-
-
-class FolderData:
-    """Pictures of a folder, each once an epoch, in an order that seed and epoch decide.
-
-    A picture that cannot be read is replaced by the one after it, and told in `Sample.broken`.
+    Where items differ in shape, batches are of one shape each, and items of a shape that does not fill its last batch
+    are taken again to fill it.
 
     Args:
-        pictures: files and captions.
-        size: side of the samples, in pixels.
+        shapes: of each item.
+        batch: items of a batch.
         seed: decides the order.
-        fit: see `DataConfig`.
-        max_broken: see `DataConfig`.
+    """
+
+    def __init__(self, shapes: Sequence[Hashable], batch: int, seed: int) -> None:
+        self.shapes, self.batch, self.seed = shapes, batch, seed
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for index, shape in enumerate(shapes):
+            groups[shape].append(index)
+        self._groups = list(groups.values())
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Positions of an epoch."""
+        if len(self._groups) == 1:
+            return len(self.shapes)
+        return sum(-(-len(group) // self.batch) * self.batch for group in self._groups)
+
+    def index(self, position: int) -> int:
+        """The item at ``position`` of the endless sequence."""
+        epoch, place = divmod(position, len(self))
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffle(epoch))
+        return self._epoch[1][place]
+
+    def candidates(self, position: int) -> Iterator[int]:
+        """The item at ``position``, then those of its shape that come after it, each once."""
+        first = self.index(position)
+        seen = set()
+        for offset in range(2 * len(self)):
+            index = self.index(position + offset)
+            if index not in seen and self.shapes[index] == self.shapes[first]:
+                seen.add(index)
+                yield index
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        source = generator(self.seed, "epoch", epoch)
+        orders = [[group[i] for i in torch.randperm(len(group), generator=source).tolist()] for group in self._groups]
+        if len(orders) == 1:
+            return orders[0]
+        batches = [
+            list(islice(cycle(order), start, start + self.batch))
+            for order in orders
+            for start in range(0, len(order), self.batch)
+        ]
+        return [index for i in torch.randperm(len(batches), generator=source).tolist() for index in batches[i]]
+
+
+class PictureData:
+    """Pictures, read when they are asked for.
+
+    A picture that cannot be read is replaced by the one of its shape after it, and told in `Sample.broken`.
+
+    Args:
+        pictures: where they come from.
+        config: how they are fitted, and how many may be broken.
+        size: side of the samples in pixels, or of the square with as many pixels as a bucket.
+        step: sides of buckets are multiples of this, in pixels.
+        batch: samples of one shape in a row.
+        seed: decides the order.
     """
 
     def __init__(
-        self, pictures: Sequence[tuple[Path, str]], size: int, seed: int, fit: str = "squash", max_broken: float = 0.01
+        self, pictures: Pictures, config: DataConfig, size: int, step: int = 8, batch: int = 1, seed: int = 0
     ) -> None:
-        self.pictures, self.size, self.seed, self.fit, self.max_broken = pictures, size, seed, fit, max_broken
-        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+        self.pictures, self.config = pictures, config
+        self.shapes = [(size, size)] * len(pictures)
+        if config.fit == "bucket":
+            buckets = bucket_shapes(size, step, config.max_aspect)
+            self.shapes = [self._bucket(i, buckets) for i in tqdm(range(len(pictures)), desc="shapes", disable=None)]
+        self.order = Order(self.shapes, batch, seed)
 
     def __getitem__(self, position: int) -> Sample:
         """The picture at ``position`` of the endless sequence.
@@ -171,16 +172,25 @@ class FolderData:
             DataError: none can be read.
         """
         broken: list[tuple[str, str]] = []
-        for offset in range(len(self.pictures)):
-            path, text = self.pictures[self._index(position + offset)]
+        for index in self.order.candidates(position):
             try:
-                with Image.open(path) as file:
-                    image = ImageOps.exif_transpose(file).convert("RGB")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                broken.append((str(path), str(error) or type(error).__name__))
-                continue
-            return replace(fit_picture(image, self.size, self.fit), caption=text, broken=tuple(broken))
-        raise DataError(f"none of {len(self.pictures)} pictures can be read ({broken[0][1]}); check the folder.")
+                return replace(self.read(index), broken=tuple(broken))
+            except DataError as error:
+                broken.append((self.pictures.name(index), str(error)))
+        raise DataError(f"none of {len(self.pictures)} pictures can be read ({broken[0][1]}); check data.path.")
+
+    def read(self, index: int) -> Sample:
+        """Picture number ``index`` as a sample.
+
+        Raises:
+            DataError: it cannot be read, with the reason alone as message.
+        """
+        try:
+            with self.pictures.open(index) as file, Image.open(file) as picture:
+                image = ImageOps.exif_transpose(picture).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(str(error) or type(error).__name__) from error
+        return replace(fit_picture(image, self.shapes[index], self.config.fit), caption=self.pictures.caption(index))
 
     def check_broken(self, count: int) -> None:
         """Stop the run if ``count`` broken files are more than `DataConfig` allows.
@@ -188,32 +198,40 @@ class FolderData:
         Raises:
             DataError: they are.
         """
-        if count > self.max_broken * len(self.pictures):
+        allowed = int(self.config.max_broken * len(self.pictures))
+        if count > allowed:
             raise DataError(
-                f"{count} of {len(self.pictures)} pictures cannot be read, and data.max_broken={self.max_broken} "
-                f"allows {int(self.max_broken * len(self.pictures))}; mend or remove them, or allow more."
+                f"{count} of {len(self.pictures)} pictures cannot be read, and data.max_broken="
+                f"{self.config.max_broken} allows {allowed}; mend or remove them, or allow more."
             )
 
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.pictures))
-        if self._order[0] != epoch:
-            self._order = (epoch, torch.randperm(len(self.pictures), generator=generator(self.seed, "epoch", epoch)))
-        return int(self._order[1][place])
+    def _bucket(self, index: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
+        """The bucket of a picture, of which the header alone is read; of one without, any."""
+        try:
+            with self.pictures.open(index) as file, Image.open(file) as picture:
+                width, height = picture.size
+                turned = picture.getexif().get(_ORIENTATION, 1) >= 5
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return buckets[0]
+        return nearest_shape((width, height) if turned else (height, width), buckets)
 
 
-def fit_picture(image: Image.Image, size: int, fit: str) -> Sample:
-    """An RGB picture as a square sample without a caption; ``fit`` as in `DataConfig`."""
+_ORIENTATION = 0x0112  # EXIF
+
+
+def fit_picture(image: Image.Image, shape: tuple[int, int], fit: str) -> Sample:
+    """An RGB picture as a sample of ``shape`` (height, width) without a caption; ``fit`` as in `DataConfig`."""
     width, height = image.size
     top = left = 0
     if fit == "squash":
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = image.resize(shape[::-1], Image.Resampling.BICUBIC)
     else:
-        scale = size / min(width, height)
+        scale = max(shape[0] / height, shape[1] / width)
         resized = image.resize(
-            (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BILINEAR
+            (max(shape[1], round(width * scale)), max(shape[0], round(height * scale))), Image.Resampling.BILINEAR
         )
-        left, top = (resized.width - size) // 2, (resized.height - size) // 2
-        image = resized.crop((left, top, left + size, top + size))
+        left, top = (resized.width - shape[1]) // 2, (resized.height - shape[0]) // 2
+        image = resized.crop((left, top, left + shape[1], top + shape[0]))
     pixels = torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)
     return Sample(pixels.contiguous(), "", (height, width), (top, left))
 
@@ -221,7 +239,7 @@ def fit_picture(image: Image.Image, size: int, fit: str) -> Sample:
 # ---- batches
 
 
-def load_batches(data: Data, positions: Iterable[range], workers: int) -> Iterator[list[Sample]]:
+def load_batches(data: Data, positions: Iterable[range], workers: int) -> Iterator[list[Any]]:
     """Batches of samples, one for each range of ``positions``, loaded ahead by ``workers`` processes."""
     # A generator of its own: the loader would take its seed from the user's.
     return iter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +31,7 @@ class Draws:
     dropped: torch.Tensor
 
     @classmethod
-    def of(
-        cls, seed: int, step: int, batch: int, latent: tuple[int, int, int], timesteps: int, dropout: float
-    ) -> Draws:
+    def of(cls, seed: int, step: int, batch: int, latent: Sequence[int], timesteps: int, dropout: float) -> Draws:
         """The draws of optimiser step ``step`` for its whole batch.
 
         Args:

@@ -1,15 +1,13 @@
-"""The teacher's pipeline: loaded, checked, and asked for latents, conditions and its noise schedule."""
+"""The teacher's pipeline: loaded, checked, and asked for its sizes and its noise schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
-from diffusion_attn.distill.data import Sample
 from diffusion_attn.distill.losses import PREDICTIONS
 from diffusion_attn.shapes import models
 
@@ -69,6 +67,11 @@ def native_size(pipe: Any) -> int:
     return (cells if isinstance(cells, int) else min(cells)) * pipe.vae_scale_factor
 
 
+def size_step(pipe: Any) -> int:
+    """What sides of pictures have to be multiples of, in pixels: one cell of the UNet's lowest level."""
+    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+
 class NoiseSchedule:
     """The model's own noise schedule: how much of signal and noise there is at each timestep.
 
@@ -90,33 +93,3 @@ class NoiseSchedule:
         """Shares of signal and noise, ``(batch,)`` each, at ``timesteps``, ``(batch,)``."""
         alphas = self.alphas.to(timesteps.device)[timesteps]
         return alphas.sqrt(), (1 - alphas).sqrt()
-
-
-def encode_pictures(vae: Any, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Scaled latents ``(batch, channels, height, width)`` of ``pixels`` ``(batch, 3, size, size)``.
-
-    ``noise``, as the latents, decides which of the possible ones is taken.
-    """
-    posterior = vae.encode(pixels).latent_dist
-    return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
-
-
-def encode_captions(
-    pipe: Any, samples: Sequence[Sample], dropped: torch.Tensor, device: torch.device
-) -> dict[str, Any]:
-    """What the UNet wants beside latents and timesteps, by the names of its arguments.
-
-    Args:
-        pipe: the teacher.
-        samples: their captions, and for SDXL their sizes and crops.
-        dropped: ``(batch,)``, bool; where true the caption is the empty one.
-        device: of the results.
-    """
-    captions = ["" if drop else sample.caption for sample, drop in zip(samples, dropped.tolist(), strict=True)]
-    encoded = pipe.encode_prompt(captions, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-    if pipe.unet.config.addition_embed_type is None:
-        return {"encoder_hidden_states": encoded[0]}
-    text, _, pooled, _ = encoded
-    ids = [(*sample.original, *sample.corner, *sample.pixels.shape[-2:]) for sample in samples]
-    time_ids = torch.tensor(ids, dtype=torch.float32, device=device)
-    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}

@@ -6,35 +6,35 @@ import json
 import logging
 import re
 import tempfile
+import time
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from torch import nn
 from tqdm import tqdm
 
 from diffusion_attn.core.enable import using
 from diffusion_attn.core.errors import DiffusionAttnError
 from diffusion_attn.distill import losses
+from diffusion_attn.distill.cache import CachedData
 from diffusion_attn.distill.checkpoints import Checkpoints, TrainState
 from diffusion_attn.distill.config import ConfigError, DistillConfig, OptimConfig
-from diffusion_attn.distill.data import Sample, load_batches, open_data
+from diffusion_attn.distill.data import PictureData, ShapesData, load_batches
 from diffusion_attn.distill.draws import Draws
+from diffusion_attn.distill.encoding import Encoded, encode, encode_captions
 from diffusion_attn.distill.features import Features
+from diffusion_attn.distill.sources import find_pictures
 from diffusion_attn.distill.student import Student, StudentModel, build_student
-from diffusion_attn.distill.teacher import (
-    NoiseSchedule,
-    encode_captions,
-    encode_pictures,
-    load_teacher,
-    native_size,
-)
+from diffusion_attn.distill.teacher import NoiseSchedule, load_teacher, native_size, size_step
+from diffusion_attn.distill.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+_REFUSED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -79,11 +79,11 @@ class Distiller:
         pipe = load_teacher(config.model.name)
         student = build_student(config.method, pipe.unet).to(device)
         self._freeze(pipe, device)
-        size = config.data.size or native_size(pipe)
-        cells = _latent_cells(pipe, size)
+        data = self._open_data(pipe)
+        empty = self._empty_conditions(pipe, data)
         noise_schedule = NoiseSchedule(pipe.scheduler)
         layers = self._layers(student, pipe.unet)
-        data = open_data(config.data, size, run.seed)
+        validation = Validation(run, pipe, self.output / "pictures")
 
         parameters = list(student.parameters())
         optimizer = build_optimizer(parameters, optim)
@@ -111,15 +111,22 @@ class Distiller:
         bar = tqdm(total=run.steps, initial=state.step, desc="distill", unit="step", disable=self.quiet or not main)
         with bar:
             while state.step < run.steps:
-                draws = Draws.of(
-                    run.seed, state.step, optim.batch_size, cells, len(noise_schedule), config.data.caption_dropout
-                )
+                began = time.perf_counter()
                 sums: dict[str, torch.Tensor] = {}
                 for start, samples in zip(shares, islice(batches, len(shares)), strict=True):
                     self._report_broken(samples, broken)
                     data.check_broken(len(broken))
+                    encoded = self._encode(pipe, samples, device)
+                    draws = Draws.of(
+                        run.seed,
+                        state.step,
+                        optim.batch_size,
+                        encoded.mean.shape[1:],
+                        len(noise_schedule),
+                        config.data.caption_dropout,
+                    )
                     share = draws.share(start, optim.micro_batch).to(device)
-                    call, target = _inputs(pipe, noise_schedule, samples, share, device)
+                    call, target = denoiser_inputs(pipe, noise_schedule, encoded, empty, share)
                     taught, expected = self._teach(accelerator, pipe.unet, layers, call)
                     # Through the backward pass as well: gradient checkpointing runs the student there again.
                     with accelerator.accumulate(model), using(pipe.unet, student):
@@ -143,11 +150,15 @@ class Distiller:
                 state.step += 1
 
                 values["lr"] = state.schedule.get_last_lr()[0]
-                bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+                speed = {"pictures/s": optim.batch_size / (time.perf_counter() - began)}
+                bar.set_postfix({name: f"{value:.3g}" for name, value in (values | speed).items()}, refresh=False)
                 bar.update()
                 if state.step % run.log_every == 0 or state.step == run.steps:
                     state.history.append({"step": state.step, **values})
-                    accelerator.log(values, state.step)
+                    accelerator.log(values | speed, state.step)
+                if run.validation_every and (state.step % run.validation_every == 0 or state.step == run.steps):
+                    # By every process: a wrapper may need them all for one forward pass.
+                    validation.draw(pipe, student, state.step, write=main)
                 if state.step % run.save_every == 0 or state.step == run.steps:
                     if main:
                         self.checkpoints.save(state)
@@ -174,7 +185,9 @@ class Distiller:
                 f"optim.batch_size={config.optim.batch_size}: expected a multiple of optim.micro_batch times "
                 f"processes, {config.optim.micro_batch} x {processes}; change one of them."
             )
-        open_data(config.data, config.data.size or 64, run.seed)
+        if config.data.source == "cache":
+            CachedData(config.data.path)
+        self.pictures = None if config.data.source in ("cache", "shapes") else find_pictures(config.data)
         if not run.resume and (self.checkpoints.last() or (self.output / "config.json").exists()):
             raise ConfigError(
                 f"run.output={run.output!r} holds a run already: expected an empty folder; add --resume to go on "
@@ -206,6 +219,12 @@ class Distiller:
             log_with=run.trackers or None,
             project_dir=self.output,
         )
+        if accelerator.distributed_type in _REFUSED:
+            raise ConfigError(
+                f"accelerate is set up for {accelerator.distributed_type.value}: expected one process or "
+                "data-parallel ones, since the weights in training are few and the rest is frozen; launch with "
+                "accelerate launch --multi_gpu."
+            )
         accelerator.gradient_accumulation_steps = optim.batch_size // (optim.micro_batch * accelerator.num_processes)
         if run.trackers:
             flat = {f"{part}.{k}": str(v) for part, values in asdict(self.config).items() for k, v in values.items()}
@@ -213,13 +232,17 @@ class Distiller:
         return accelerator
 
     def _freeze(self, pipe: Any, device: torch.device) -> None:
-        """Everything but the student onto ``device``, without gradients; the autoencoder stays in float32."""
+        """Everything that is needed but the student onto ``device``, without gradients.
+
+        The autoencoder stays in float32: SDXL's overflows in half precision.
+        """
         dtype = DTYPES[self.config.run.mixed_precision]
+        encodes = self.config.data.source != "cache" or self.config.run.validation_every is not None
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval().to(device)
-                if name != "vae" and dtype != torch.float32:  # SDXL's autoencoder overflows in half precision
-                    part.to(dtype)
+                part.requires_grad_(False).eval()
+                if name == "unet" or encodes:
+                    part.to(device, torch.float32 if name == "vae" else dtype)
         if self.config.run.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
 
@@ -232,7 +255,39 @@ class Distiller:
             raise ConfigError(f"loss.layers={loss.layers!r} is found in no layer's name; there are {names}, ...")
         return found if loss.attention else []
 
+    def _open_data(self, pipe: Any) -> Any:
+        """The data at the size that the configuration or the model asks for."""
+        data, seed, batch = self.config.data, self.config.run.seed, self.config.optim.batch_size
+        size, step = data.size or native_size(pipe), size_step(pipe)
+        if size % step:
+            raise ConfigError(
+                f"data.size={size}: expected a multiple of {step} pixels with this model; change --data.size."
+            )
+        if data.source == "cache":
+            cached = CachedData(data.path, batch, seed)
+            cached.check(pipe, data)
+            return cached
+        return (
+            ShapesData(size, seed)
+            if self.pictures is None
+            else PictureData(self.pictures, data, size, step, batch, seed)
+        )
+
+    def _empty_conditions(self, pipe: Any, data: Any) -> dict[str, torch.Tensor]:
+        """The conditions of the empty caption, ``(1, ...)`` each, on the UNet's device."""
+        device, dtype = pipe.unet.device, pipe.unet.dtype
+        with torch.no_grad():
+            found = data.empty() if isinstance(data, CachedData) else encode_captions(pipe, [""], device)
+        return {name: x.to(device, dtype) for name, x in found.items()}
+
     # ---- a step
+
+    @torch.no_grad()
+    def _encode(self, pipe: Any, samples: list[Any], device: torch.device) -> Encoded:
+        """A micro-batch of pictures, or of what a cache has of them."""
+        cached = isinstance(samples[0], Encoded)
+        encoded = Encoded.stack(samples) if cached else encode(pipe, samples, device)
+        return encoded.to(device, pipe.unet.dtype)
 
     def _teach(
         self, accelerator: Accelerator, unet: Any, layers: list[nn.Module], call: dict[str, Any]
@@ -273,7 +328,7 @@ class Distiller:
                 "run.mixed_precision bf16 or no."
             )
 
-    def _report_broken(self, samples: list[Sample], broken: dict[str, str]) -> None:
+    def _report_broken(self, samples: list[Any], broken: dict[str, str]) -> None:
         for path, reason in (entry for sample in samples for entry in sample.broken):
             if path not in broken:
                 logger.warning("%s cannot be read and is skipped: %s", path, reason)
@@ -323,26 +378,21 @@ def _shares(optim: OptimConfig, accelerator: Accelerator) -> range:
     return range(accelerator.process_index * optim.micro_batch, optim.batch_size, stride)
 
 
-def _latent_cells(pipe: Any, size: int) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of pictures of ``size`` pixels."""
-    halvings = len(pipe.unet.config.block_out_channels) - 1
-    step = pipe.vae_scale_factor * 2**halvings
-    if size % step:
-        raise ConfigError(
-            f"data.size={size}: expected a multiple of {step} pixels with this model; change --data.size."
-        )
-    return pipe.vae.config.latent_channels, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor
-
-
 @torch.no_grad()
-def _inputs(
-    pipe: Any, schedule: NoiseSchedule, samples: list[Sample], draws: Draws, device: torch.device
+def denoiser_inputs(
+    pipe: Any, schedule: NoiseSchedule, encoded: Encoded, empty: dict[str, torch.Tensor], draws: Draws
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """The arguments of the denoiser for a micro-batch, and what it should predict."""
-    pixels = torch.stack([sample.pixels for sample in samples]).to(device)
-    clean = encode_pictures(pipe.vae, pixels, draws.posterior)
+    """The arguments of the denoiser for a micro-batch, and what it should predict.
+
+    Args:
+        pipe: the teacher.
+        schedule: its noise schedule.
+        encoded: the micro-batch.
+        empty: conditions of the empty caption, ``(1, ...)`` each.
+        draws: the random part of the micro-batch.
+    """
+    clean = encoded.latents(draws.posterior, pipe.vae.config.scaling_factor)
     signal, sigma = schedule.at(draws.timesteps)
     noisy = losses.add_noise(clean, draws.noise, signal, sigma).to(pipe.unet.dtype)
     target = losses.denoising_target(schedule.prediction_type, clean, draws.noise, signal, sigma)
-    conditions = encode_captions(pipe, samples, draws.dropped, device)
-    return {"sample": noisy, "timestep": draws.timesteps, **conditions}, target
+    return {"sample": noisy, "timestep": draws.timesteps, **encoded.arguments(draws.dropped, empty)}, target

@@ -16,7 +16,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 
 from diffusion_attn.shapes.tokenizer import build_tokenizer
 from tests.golden.seeded import seed_parameters
@@ -190,3 +198,24 @@ def trace_of(model):
             getattr(module, "num_upsamplers", None),
         )
     return copy.copy(trace), list(model.state_dict())
+
+
+def clip(folder):
+    """Write a tiny CLIP model with its processor; returns the folder's name."""
+    tokenizer = build_tokenizer()
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 32,
+        "bos_token_id": tokenizer.eos_token_id - 1,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    vision = {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config={**layers, **text}, vision_config={**layers, **vision}, projection_dim=12)
+    seed_parameters(CLIPModel(config)).save_pretrained(folder)
+    square = {"height": 16, "width": 16}
+    CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square), tokenizer).save_pretrained(
+        folder
+    )
+    return str(folder)

@@ -17,7 +17,7 @@ from diffusion_attn.cli.method_options import add_method_options, build_methods,
 from diffusion_attn.cli.models import Size, check_model
 from diffusion_attn.core.method import Method
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -52,13 +52,7 @@ def add_request_arguments(parser: Any) -> None:
     add = parser.add_argument
     add("prompt", type=str, nargs="*", metavar="PROMPT", help="what to draw; one or more")
     add("--prompts", type=str, metavar="FILE", help="text file of further prompts, one a line")
-    add(
-        "--model",
-        type=str,
-        default="shapes-sd",
-        metavar="ID_OR_FOLDER",
-        help="an embedded model, a local diffusers folder or a Hub id",
-    )
+    add_model_arguments(parser)
     add_method_options(parser)
     add("--size", type=str, metavar="N|WxH", help="pixels, 128 or 192x128 (wide x high); by default the native size")
     add("--steps", type=int, help="denoising steps; by default what the model recommends")
@@ -67,7 +61,19 @@ def add_request_arguments(parser: Any) -> None:
     add("--num-images", type=int, default=1, metavar="N", help="images per prompt")
     add("--output", type=str, default="outputs", metavar="DIR", help="folder of the pictures")
     add("--compare", action="store_true", help="draw everything without the methods too, side by side in one picture")
-    add("--dtype", choices=list(_DTYPES), help="of the weights; by default float16 on CUDA, float32 elsewhere")
+
+
+def add_model_arguments(parser: Any, name: str = "--model") -> None:
+    """Add which model is loaded, by the option ``name``, and where and in which type."""
+    add = parser.add_argument
+    add(
+        name,
+        type=str,
+        default="shapes-sd",
+        metavar="ID_OR_FOLDER",
+        help="an embedded model, a local diffusers folder or a Hub id",
+    )
+    add("--dtype", choices=list(DTYPES), help="of the weights; by default float16 on CUDA, float32 elsewhere")
     add("--device", type=str, help="for example cpu, cuda, cuda:1, mps; by default the best there is")
 
 
@@ -78,21 +84,17 @@ def read_request(args: Any) -> Request:
         CommandError: an argument is not what it should be.
     """
     check_names(args.method)
-    prompts = (*(args.prompt or ()), *_read_prompts(args.prompts))
+    prompts = (*(args.prompt or ()), *read_prompts(args.prompts))
     if not prompts:
         raise CommandError("no prompt is given; name at least one, or a file with --prompts.")
     methods = tuple(build_methods(args.method, args))
     if args.compare and not methods:
         raise CommandError("--compare needs something to compare the plain model with; name it with --method.")
     size = None if args.size is None else parse_size(args.size)
-    for name, least in (("steps", 1), ("num_images", 1), ("seed", 0), ("guidance", 0)):
-        value = getattr(args, name)
-        if value is not None and not (value >= least and math.isfinite(value)):
-            raise CommandError(f"--{name.replace('_', '-')} {value}: expected {least} or more.")
+    check_numbers(args, {"steps": 1, "num_images": 1, "seed": 0, "guidance": 0})
     if args.seed + args.num_images - 1 > _LARGEST_SEED:
         raise CommandError(f"--seed {args.seed}: the last image's seed is above {_LARGEST_SEED}; give a smaller one.")
-    device = _device(args.device)
-    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    device = pick_device(args.device)
     check_model(args.model)
     output = Path(args.output).expanduser()
     prepare_folder(output)
@@ -107,9 +109,26 @@ def read_request(args: Any) -> Request:
         num_images=args.num_images,
         output=output,
         compare=args.compare,
-        dtype=_DTYPES[dtype],
+        dtype=pick_dtype(args.dtype, device),
         device=device,
     )
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type of the weights called ``name``, by default half precision on CUDA, else float32."""
+    return DTYPES[name or ("float16" if device.type == "cuda" else "float32")]
+
+
+def check_numbers(args: Any, least: dict[str, int]) -> None:
+    """Refuse numbers of ``args`` below the ``least``, where they are given.
+
+    Raises:
+        CommandError: one of them is, or is none.
+    """
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and not (value >= bound and math.isfinite(value)):
+            raise CommandError(f"--{name.replace('_', '-')} {value}: expected {bound} or more.")
 
 
 def parse_size(text: str) -> Size:
@@ -125,7 +144,12 @@ def parse_size(text: str) -> Size:
     return size
 
 
-def _read_prompts(path: str | None) -> list[str]:
+def read_prompts(path: str | None) -> list[str]:
+    """The prompts of a text file, one a line without what surrounds it; none without a file.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
     if path is None:
         return []
     try:
@@ -137,7 +161,12 @@ def _read_prompts(path: str | None) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
+    """The device called ``name``, by default the best there is.
+
+    Raises:
+        CommandError: there is none of that name.
+    """
     cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name is None:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")

@@ -5,13 +5,17 @@ import logging
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion_attn import shapes
 from diffusion_attn.distill import DataError
+from diffusion_attn.distill.buckets import bucket_shapes, nearest_shape
 from diffusion_attn.distill.config import DataConfig
-from diffusion_attn.distill.data import FolderData, find_pictures, fit_picture, load_batches, open_data
-from diffusion_attn.distill.teacher import encode_captions
+from diffusion_attn.distill.data import Order, PictureData, ShapesData, fit_picture, load_batches
+from diffusion_attn.distill.encoding import encode, encode_captions
+from diffusion_attn.distill.sources import FolderPictures, find_pictures
 from tests import tiny
 
 
@@ -27,7 +31,8 @@ def folder(tmp_path):
 
 
 def data_of(folder, **config):
-    return open_data(DataConfig(path=str(folder), **config), 8, 0)
+    config = DataConfig(path=str(folder), **config)
+    return PictureData(find_pictures(config), config, 8)
 
 
 def test_pictures_with_text_files_beside(folder):
@@ -52,7 +57,8 @@ def test_pictures_with_a_list_of_captions(folder, name):
             json.dumps({"file_name": f, "text": t}) for f, t in [("0.png", "zero, nothing"), ("below/1.png", "one")]
         )
     (folder / name).write_text(text, encoding="utf-8")
-    assert [text for _, text in find_pictures(str(folder))] == ["zero, nothing", "one"]
+    pictures = find_pictures(DataConfig(path=str(folder)))
+    assert [pictures.caption(index) for index in range(len(pictures))] == ["zero, nothing", "one"]
 
 
 def test_broken_pictures_are_told_and_replaced_by_the_next(folder):
@@ -85,9 +91,9 @@ def test_a_run_reports_broken_pictures_and_stops_when_they_are_too_many(distil, 
 
 
 def test_a_crop_keeps_the_shape_of_things_and_says_where_it_is():
-    sample = fit_picture(Image.new("RGB", (40, 20)), 8, "crop")
+    sample = fit_picture(Image.new("RGB", (40, 20)), (8, 8), "crop")
     assert sample.original == (20, 40) and sample.corner == (0, 4) and sample.pixels.shape == (3, 8, 8)
-    sample = fit_picture(Image.new("RGB", (9, 33)), 8, "crop")
+    sample = fit_picture(Image.new("RGB", (9, 33)), (8, 8), "crop")
     assert sample.corner == (10, 0) and sample.pixels.shape == (3, 8, 8)
 
 
@@ -95,11 +101,11 @@ def test_a_crop_keeps_the_shape_of_things_and_says_where_it_is():
 def test_any_mode_is_read(tmp_path, mode):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     Image.new(mode, (9, 9)).save(path)
-    assert FolderData([(path, "")], 8, 0)[0].pixels.shape == (3, 8, 8)
+    assert PictureData(FolderPictures([(path, "")]), DataConfig(), 8)[0].pixels.shape == (3, 8, 8)
 
 
 def test_shapes_are_scenes_of_the_training_split():
-    data = open_data(DataConfig(source="shapes"), 32, 5)
+    data = ShapesData(32, 5)
     captions = [data[position].caption for position in range(20)]
     assert len(set(captions)) > 15 and captions == [data[position].caption for position in range(20)]
     assert shapes.parse_caption(captions[0]) and data[0].pixels.shape == (3, 32, 32)
@@ -128,20 +134,80 @@ def test_folders_that_hold_nothing(tmp_path, path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=expected):
-        find_pictures(path and str(tmp_path / path))
+        find_pictures(DataConfig(path=path and str(tmp_path / path)))
 
 
 def test_conditions_are_the_pipelines_own(folder):
     samples = [data_of(folder, fit="crop")[position] for position in range(2)]
-    pipe = tiny.sd()
     dropped = torch.tensor([False, True])
-    given = encode_captions(pipe, samples, dropped, torch.device("cpu"))
-    assert list(given) == ["encoder_hidden_states"]
-    text, empty = pipe.encode_prompt(samples[0].caption, "cpu", 1, True, negative_prompt="")
-    torch.testing.assert_close(given["encoder_hidden_states"], torch.cat([text, empty]))
-    given = encode_captions(tiny.sdxl(), samples, dropped, torch.device("cpu"))
-    assert given["encoder_hidden_states"].shape[::2] == (2, 24)
+    for pipe in (tiny.sd(), tiny.sdxl()):
+        encoded = encode(pipe, samples, torch.device("cpu"))
+        empty = encode_captions(pipe, [""], torch.device("cpu"))
+        given = encoded.arguments(dropped, empty)
+        text, _, *pooled = pipe.encode_prompt(
+            samples[0].caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        text_of_nothing = pipe.encode_prompt(
+            "", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+        torch.testing.assert_close(given["encoder_hidden_states"], torch.cat([text, text_of_nothing]))
     added = given["added_cond_kwargs"]
     height, width = samples[1].original
     assert added["time_ids"][1].tolist() == [height, width, *samples[1].corner, 8, 8]
-    assert added["text_embeds"].shape == (2, 12)
+    torch.testing.assert_close(added["text_embeds"], torch.cat([pooled[0], empty["text_embeds"]]))
+
+
+@given(
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    cells=st.integers(2, 16),
+    step=st.sampled_from([8, 64]),
+    aspect=st.floats(1, 4),
+)
+def test_buckets_have_as_many_pixels_and_the_proportions_of_the_picture(height, width, cells, step, aspect):
+    shapes = bucket_shapes(cells * step, step, aspect)
+    assert (cells * step, cells * step) in shapes
+    for shape in shapes:
+        assert all(side % step == 0 for side in shape) and shape[::-1] in shapes
+        assert max(shape) <= aspect * min(shape)
+        assert abs(shape[0] * shape[1] - (cells * step) ** 2) <= step * max(shape) / 2 + step**2
+    best = nearest_shape((height, width), shapes)
+    assert nearest_shape((width, height), shapes) == best[::-1]
+
+
+@given(groups=st.lists(st.integers(1, 9), min_size=1, max_size=4), batch=st.integers(1, 4), seed=st.integers(0, 9))
+def test_an_epoch_has_every_item_and_batches_of_one_shape(groups, batch, seed):
+    shapes = [shape for shape, count in enumerate(groups) for _ in range(count)]
+    order = Order(shapes, batch, seed)
+    for epoch in range(2):
+        taken = [order.index(position) for position in range(epoch * len(order), (epoch + 1) * len(order))]
+        assert set(taken) == set(range(len(shapes)))
+        if len(groups) > 1:
+            for start in range(0, len(taken), batch):
+                assert len({shapes[index] for index in taken[start : start + batch]}) == 1
+            assert len(taken) < len(shapes) + batch * len(groups)
+        else:
+            assert len(taken) == len(shapes)
+    first = order.index(0)
+    same = [index for index in range(len(shapes)) if shapes[index] == shapes[first]]
+    assert sorted(order.candidates(0)) == same
+
+
+def test_pictures_of_a_bucket_are_cropped_to_it(folder):
+    data = PictureData(
+        find_pictures(DataConfig(path=str(folder))), DataConfig(path=str(folder), fit="bucket"), 32, 8, 2
+    )
+    for position in range(0, len(data.order), 2):
+        one, other = data[position], data[position + 1]
+        assert one.pixels.shape == other.pixels.shape
+        height, width = one.pixels.shape[1:]
+        assert (height, width) == nearest_shape(one.original, bucket_shapes(32, 8, 2.0))
+
+
+def test_a_broken_picture_is_replaced_by_one_of_its_bucket(folder):
+    config = DataConfig(path=str(folder), fit="bucket")
+    (folder / "9.png").write_bytes(b"")
+    (folder / "9.txt").write_text("nothing")
+    data = PictureData(find_pictures(config), config, 16, 8, 2)
+    for position in range(0, len(data.order), 2):
+        assert data[position].pixels.shape == data[position + 1].pixels.shape

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 import diffusion_attn as da
@@ -186,6 +188,30 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     with pytest.raises(DivergedError, match=r"step 3 diverged .*step-000000002' is the last good"):
         distil(loss={"attention": 0.0})
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-000000002"]
+
+
+def test_validation_pictures_are_drawn_and_change_nothing(distil, tmp_path, teacher):
+    plain = distil()
+    drawn = {"validation_prompts": [tiny.PROMPT, "a blue ring on a black background"], "validation_every": 4}
+    validated = distil(run={"output": str(tmp_path / "drawn"), "validation_steps": 2, **drawn})
+    assert validated.history == plain.history
+    (ours, _), (theirs, _) = state_of(validated.output), state_of(plain.output)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    files = sorted((validated.output / "pictures").iterdir())
+    assert [file.name for file in files] == ["step-000004.png", "step-000006.png"]
+    grids = [np.asarray(Image.open(file)) for file in files]
+    assert grids[0].shape == (2 * 64, 2 * 64, 3)
+    assert np.array_equal(grids[0][:64], grids[1][:64]) and not np.array_equal(grids[0][64:], grids[1][64:])
+    pipe = DiffusionPipeline.from_pretrained(teacher)
+    tiny.quiet(pipe)
+    [image] = pipe(tiny.PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert np.array_equal(np.asarray(image), grids[0][:64, :64])
+
+
+def test_other_ways_of_distributing_are_refused_before_anything_is_loaded(distil, monkeypatch):
+    monkeypatch.setattr(trainer.Accelerator, "distributed_type", trainer.DistributedType.FSDP)
+    with pytest.raises(ConfigError, match=r"FSDP.*--multi_gpu"):
+        distil(model={"name": "nowhere"})
 
 
 # ---- in processes of their own

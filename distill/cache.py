@@ -1,0 +1,292 @@
+"""Latents and conditions kept on disk, so that training needs neither the autoencoder nor the text encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffusion_attn.core.errors import CheckpointFormatError
+from diffusion_attn.distill.config import DataConfig
+from diffusion_attn.distill.data import Order, PictureData, Sample, ShapesData
+from diffusion_attn.distill.encoding import Encoded, encode, encode_captions, fingerprint
+from diffusion_attn.distill.sources import DataError, find_pictures
+from diffusion_attn.distill.teacher import native_size, size_step
+from diffusion_attn.methods.checkpoints import read_json
+
+INDEX = "cache.json"
+EMPTY = "empty.safetensors"
+SHARD = 256
+"""Samples of a file."""
+
+
+@dataclass
+class Index:
+    """What a cache holds.
+
+    Attributes:
+        made_of: the model's fingerprint, the pictures' and how they were fitted: all that a cache depends on.
+        size: side of the pictures in pixels.
+        shards: file names, each with the numbers and latent shapes of its samples.
+        broken: names of pictures that cannot be read, each with the reason.
+        total: pictures to be kept, broken ones included.
+    """
+
+    made_of: dict[str, Any]
+    size: int
+    total: int
+    shards: dict[str, list[list[int]]] = field(default_factory=dict)
+    broken: list[list[str]] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every picture was seen."""
+        return sum(map(len, self.shards.values())) + len(self.broken) == self.total
+
+    def write(self, folder: Path) -> None:
+        """Put it into ``folder`` as a whole."""
+        part = folder / f".{INDEX}.part"
+        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, folder / INDEX)
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """That of ``folder``.
+
+        Raises:
+            DataError: there is none, or it is damaged.
+        """
+        if not (folder / INDEX).is_file():
+            raise DataError(
+                f"data.path={str(folder)!r} holds no {INDEX}: expected what diffusion-attn distill cache made; run it, "
+                "or give another --data.source."
+            )
+        try:
+            return cls(**read_json(folder / INDEX))
+        except (CheckpointFormatError, TypeError) as error:
+            raise DataError(f"{str(folder / INDEX)!r} is damaged ({error}); make the cache again.") from error
+
+
+# ---- making one
+
+
+def make_cache(
+    pipe: Any,
+    config: DataConfig,
+    output: Path,
+    count: int | None = None,
+    dtype: torch.dtype = torch.float16,
+    batch: int = 8,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Index:
+    """Encode pictures and captions into files of ``output``; goes on where an earlier run stopped.
+
+    Args:
+        pipe: the teacher, on the device to compute on.
+        config: the pictures.
+        output: folder.
+        count: pictures, from the first; by default all, of drawn scenes it has to be given.
+        dtype: of what is kept; from float32 training goes on exactly as without a cache.
+        batch: pictures encoded together.
+        seed: of drawn scenes.
+        quiet: show no progress.
+
+    Raises:
+        DataError: the pictures are not there, too many of them are broken, or ``output`` holds another cache.
+    """
+    size = config.size or native_size(pipe)
+    read, names = _open(config, size, size_step(pipe), count, seed)
+    made_of = {
+        "model": fingerprint(pipe),
+        "pictures": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+        "fit": config.fit,
+        "max_aspect": config.max_aspect,
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed if config.source == "shapes" else None,
+    }
+    index = _begin(output, made_of, size, len(names))
+    device = pipe.unet.device
+    with torch.no_grad(), tqdm(total=len(names), desc="cache", unit="picture", disable=quiet) as bar:
+        if not (output / EMPTY).exists():
+            _write_tensors(output / EMPTY, encode_captions(pipe, [""], device), dtype)
+        for start in range(0, len(names), SHARD):
+            numbers = range(start, min(start + SHARD, len(names)))
+            file = f"shard-{start // SHARD:06d}.safetensors"
+            if file not in index.shards:
+                tensors, shapes, broken = _encode_shard(pipe, read, names, numbers, batch, device)
+                _write_tensors(output / file, tensors, dtype)
+                index.shards[file] = shapes
+                index.broken += broken
+                index.write(output)
+                _check_broken(index, config)
+            bar.update(len(numbers))
+    return index
+
+
+def _open(config: DataConfig, size: int, step: int, count: int | None, seed: int) -> tuple[Any, list[str]]:
+    """A function from numbers to samples, and what each is called."""
+    if config.source == "shapes":
+        if count is None:
+            raise DataError("data.source='shapes' has no end; say how many scenes with --count.")
+        return ShapesData(size, seed).__getitem__, [f"scene {number}" for number in range(count)]
+    if config.source == "cache":
+        raise DataError("data.source='cache' is a cache already; give the source of its pictures.")
+    pictures = find_pictures(config)
+    names = [f"{pictures.name(i)}\t{pictures.caption(i)}" for i in range(min(len(pictures), count or len(pictures)))]
+    return PictureData(pictures, config, size, step).read, names
+
+
+def _begin(output: Path, made_of: dict[str, Any], size: int, total: int) -> Index:
+    if not (output / INDEX).exists():
+        output.mkdir(parents=True, exist_ok=True)
+        return Index(made_of, size, total)
+    index = Index.read(output)
+    if (index.made_of, index.total) != (made_of, total):
+        changed = sorted(name for name in made_of if index.made_of.get(name) != made_of[name]) or ["number of pictures"]
+        raise DataError(
+            f"--output {str(output)!r} holds a cache with another {', '.join(changed)}; choose another folder, or "
+            "remove it."
+        )
+    return index
+
+
+def _encode_shard(
+    pipe: Any, read: Any, names: list[str], numbers: range, batch: int, device: torch.device
+) -> tuple[dict[str, torch.Tensor], list[list[int]], list[list[str]]]:
+    """Tensors by sample and name, ``[number, height, width]`` of each sample, and what cannot be read."""
+    tensors, shapes, broken = {}, [], []
+    good: list[tuple[int, Sample]] = []
+    for number in numbers:
+        try:
+            good.append((number, read(number)))
+        except DataError as error:
+            broken.append([names[number].split("\t")[0], str(error)])
+    good.sort(key=lambda pair: (pair[1].pixels.shape, pair[0]))
+    for _, group in groupby(good, key=lambda pair: pair[1].pixels.shape):
+        same = iter(group)
+        while part := list(islice(same, batch)):
+            encoded = encode(pipe, [sample for _, sample in part], device)
+            for i, (number, _) in enumerate(part):
+                shapes.append([number, *encoded.mean.shape[-2:]])
+                tensors[f"{number}/mean"], tensors[f"{number}/std"] = encoded.mean[i], encoded.std[i]
+                tensors |= {f"{number}/{name}": x[i] for name, x in encoded.conditions.items()}
+    return tensors, sorted(shapes), broken
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    # Sizes and crops are thousands of pixels, more than 16 bit can tell apart.
+    kept = {
+        name: x.to("cpu", torch.float32 if name.endswith("time_ids") else dtype).contiguous().clone()
+        for name, x in tensors.items()
+    }
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file(kept, part)
+        os.replace(part, path)
+    except Exception as error:  # safetensors tells a full disk by an error of its own
+        part.unlink(missing_ok=True)
+        raise DataError(
+            f"{str(path)!r} cannot be written ({error}); make room, and run the same command again to go on."
+        ) from error
+
+
+def _check_broken(index: Index, config: DataConfig) -> None:
+    allowed = int(config.max_broken * index.total)
+    if len(index.broken) > allowed:
+        name, reason = index.broken[0]
+        raise DataError(
+            f"{len(index.broken)} of {index.total} pictures cannot be read, the first {name!r} ({reason}), and "
+            f"data.max_broken={config.max_broken} allows {allowed}; mend or remove them, or allow more."
+        )
+
+
+# ---- training from one
+
+
+class CachedData:
+    """The samples of a cache, each once an epoch.
+
+    Args:
+        folder: of the cache.
+        batch: samples of one shape in a row.
+        seed: decides the order.
+
+    Raises:
+        DataError: there is no complete cache.
+    """
+
+    def __init__(self, folder: str | None, batch: int = 1, seed: int = 0) -> None:
+        if folder is None:
+            raise DataError("data.path is not given: expected the folder of a cache; add --data FOLDER.")
+        self.folder = Path(folder).expanduser()
+        self.contents = Index.read(self.folder)
+        if not self.contents.complete or not self.contents.shards:
+            raise DataError(
+                f"the cache in {str(self.folder)!r} is not complete; run diffusion-attn distill cache again to go on."
+            )
+        self._places = [(file, number) for file, rows in self.contents.shards.items() for number, *_ in rows]
+        self.order = Order([tuple(shape) for rows in self.contents.shards.values() for _, *shape in rows], batch, seed)
+        self._files: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # open files do not travel to worker processes
+
+    def __getitem__(self, position: int) -> Encoded:
+        """The sample at ``position`` of the endless sequence, on the CPU.
+
+        Raises:
+            DataError: its file is gone or damaged.
+        """
+        file, number = self._places[self.order.index(position)]
+        try:
+            shard, names = self._shard(file)
+            tensors = {name: shard.get_tensor(f"{number}/{name}") for name in names}
+            return Encoded(tensors.pop("mean"), tensors.pop("std"), tensors)
+        except Exception as error:  # safetensors has an error of its own for each kind of damage
+            raise DataError(
+                f"{str(self.folder / file)!r} is gone or damaged ({error}); remove the folder and make the cache again."
+            ) from error
+
+    def check_broken(self, count: int) -> None:
+        """There are none: they were left out."""
+
+    def check(self, pipe: Any, config: DataConfig) -> None:
+        """Make sure that the cache is of this model, and has what ``config`` asks for.
+
+        Raises:
+            DataError: it is not, or has not.
+        """
+        for name, wanted in {"model": fingerprint(pipe), "size": config.size}.items():
+            found = self.contents.made_of.get(name)
+            if wanted is not None and found != wanted:
+                raise DataError(
+                    f"the cache in {str(self.folder)!r} was made with another {name} ({found}, not {wanted}): it does "
+                    "not fit this run; make it again for this one."
+                )
+
+    def empty(self) -> dict[str, torch.Tensor]:
+        """Conditions of the empty caption, ``(1, ...)`` each."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / EMPTY)
+
+    def _shard(self, file: str) -> tuple[Any, set[str]]:
+        """An open file, and the names of a sample's tensors."""
+        from safetensors import safe_open
+
+        if file not in self._files:
+            shard = safe_open(self.folder / file, "pt")
+            keys = shard.keys()
+            self._files[file] = shard, {key.partition("/")[2] for key in keys}
+        return self._files[file]

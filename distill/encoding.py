@@ -1,0 +1,102 @@
+"""What the denoiser is given instead of pictures and captions: latents, and the conditions of the text encoders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion_attn.distill.data import Broken, Sample
+
+ADDED = ("text_embeds", "time_ids")
+"""Conditions that SDXL's UNet takes as ``added_cond_kwargs``."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch without its random part; or, without the first dimension, one sample of it.
+
+    Attributes:
+        mean: of the latents that the autoencoder holds possible, ``(batch, channels, height, width)``, unscaled.
+        std: as ``mean``.
+        conditions: what the denoiser is told beside latents and timesteps, by its own names, each ``(batch, ...)``.
+        broken: see `Sample.broken`.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+    broken: Broken = ()
+
+    def latents(self, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+        """Scaled latents, as ``mean``; ``noise`` decides which of the possible ones."""
+        return (self.mean + self.std * noise) * scaling_factor
+
+    def arguments(self, dropped: torch.Tensor, empty: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The conditions as keyword arguments of the denoiser.
+
+        Args:
+            dropped: ``(batch,)``, bool, where the caption is replaced by the empty one.
+            empty: conditions of the empty caption, ``(1, ...)`` each.
+        """
+        given = {
+            name: torch.where(dropped.view(-1, *(1,) * (x.ndim - 1)), empty[name], x) if name in empty else x
+            for name, x in self.conditions.items()
+        }
+        added = {name: given.pop(name) for name in ADDED if name in given}
+        return {**given, **({"added_cond_kwargs": added} if added else {})}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Encoded:
+        """The same on another device; latents in float32, conditions in ``dtype``."""
+        conditions = {
+            name: x.to(device, torch.float32 if name == "time_ids" else dtype) for name, x in self.conditions.items()
+        }
+        return Encoded(self.mean.to(device).float(), self.std.to(device).float(), conditions, self.broken)
+
+    @classmethod
+    def stack(cls, samples: Sequence[Encoded]) -> Encoded:
+        """Samples as one batch."""
+        return cls(
+            torch.stack([sample.mean for sample in samples]),
+            torch.stack([sample.std for sample in samples]),
+            {name: torch.stack([sample.conditions[name] for sample in samples]) for name in samples[0].conditions},
+        )
+
+
+def encode(pipe: Any, samples: Sequence[Sample], device: torch.device) -> Encoded:
+    """Pictures of one shape and their captions as the pipeline's autoencoder and text encoders see them."""
+    posterior = pipe.vae.encode(torch.stack([sample.pixels for sample in samples]).to(device)).latent_dist
+    conditions = encode_captions(pipe, [sample.caption for sample in samples], device)
+    if "text_embeds" in conditions:
+        ids = [(*sample.original, *sample.corner, *sample.pixels.shape[-2:]) for sample in samples]
+        conditions["time_ids"] = torch.tensor(ids, dtype=torch.float32, device=device)
+    return Encoded(posterior.mean, posterior.std, conditions)
+
+
+def encode_captions(pipe: Any, captions: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
+    """The conditions that ``captions`` make, each ``(captions, ...)``: ``encoder_hidden_states``, SDXL's pooled one."""
+    encoded = pipe.encode_prompt(
+        list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    if pipe.unet.config.addition_embed_type is None:
+        return {"encoder_hidden_states": encoded[0]}
+    text, _, pooled, _ = encoded
+    return {"encoder_hidden_states": text, "text_embeds": pooled}
+
+
+def fingerprint(pipe: Any) -> str:
+    """What makes latents and conditions those of this pipeline: its autoencoder, text encoders and tokenizers."""
+    hasher = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if name == "vae" or name.startswith("text_encoder"):
+            assert isinstance(part, nn.Module)
+            for key, tensor in part.state_dict().items():
+                hasher.update(f"{name}.{key}".encode())
+                hasher.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        elif name.startswith("tokenizer") and part is not None:
+            hasher.update(str(sorted(part.get_vocab().items())).encode())
+    return hasher.hexdigest()[:16]

@@ -1,0 +1,76 @@
+"""Pictures of fixed prompts and seeds, drawn by the teacher once and by the student every so often."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffusion_attn.core.enable import using
+from diffusion_attn.distill.config import RunConfig
+from diffusion_attn.distill.student import Student
+
+
+class Validation:
+    """Grids of pictures: one column for each prompt, the teacher's above the student's.
+
+    Args:
+        config: prompts, steps and guidance.
+        pipe: the teacher, nothing enabled on it.
+        folder: where the grids go; made with the first one.
+    """
+
+    def __init__(self, config: RunConfig, pipe: Any, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self._teacher: list[Image.Image] | None = None
+
+    def draw(self, pipe: Any, student: Student, step: int, write: bool = True) -> None:
+        """Draw with the student as it is, and write ``folder/step-NNNNNN.png``."""
+        from diffusers.utils import make_image_grid
+
+        if self._teacher is None:
+            self._teacher = self._pictures(pipe)
+        with using(pipe, student):
+            pictures = self._pictures(pipe)
+        if write:
+            self.folder.mkdir(exist_ok=True)
+            part = self.folder / f".step-{step:06d}.part"
+            make_image_grid([*self._teacher, *pictures], 2, len(pictures)).save(part, "PNG")
+            os.replace(part, self.folder / f"step-{step:06d}.png")
+
+    def _pictures(self, pipe: Any) -> list[Image.Image]:
+        config = self.config
+        options = {} if config.validation_guidance is None else {"guidance_scale": config.validation_guidance}
+        half = pipe.unet.dtype != torch.float32
+        pictures = []
+        for number, prompt in enumerate(config.validation_prompts):
+            noise = torch.Generator().manual_seed(config.seed + number)
+            with _quietly(pipe), torch.autocast(pipe.unet.device.type, pipe.unet.dtype, half):
+                latents = pipe(
+                    prompt,
+                    num_inference_steps=config.validation_steps,
+                    generator=noise,
+                    output_type="latent",
+                    **options,
+                ).images
+            # Here rather than in the pipeline, which has no way to run the autoencoder alone in float32.
+            with torch.no_grad():
+                decoded = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
+            pictures += pipe.image_processor.postprocess(decoded)
+        return pictures
+
+
+@contextmanager
+def _quietly(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
