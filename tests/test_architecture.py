@@ -12,7 +12,7 @@ PACKAGE = ROOT / "diffusion_attn"
 MAY_IMPORT = {
     "core": {"core"},
     "ops": {"ops", "core.errors"},
-    "metrics": {"metrics"},
+    "metrics": {"metrics", "core.errors"},
     "processors": {"processors", "ops", "core"},
     "methods": {"methods", "processors", "ops", "core"},
     "shapes": {"shapes", "core"},
@@ -57,7 +57,11 @@ def test_only_base_requirements_are_imported():
             assert root in allowed | EXTRAS.get(path.parent.name, set()), f"{path}: {name}"
 
 
-EXTRAS = {"kernels": {"triton"}, "distill": {"prodigyopt"}}  # imported where they are installed
+EXTRAS = {
+    "kernels": {"triton"},
+    "distill": {"prodigyopt", "datasets"},
+    "metrics": {"torchmetrics"},
+}  # imported where they are installed
 OPTIONAL = (
     "triton",
     "prodigyopt",

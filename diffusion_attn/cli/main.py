@@ -8,12 +8,19 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from diffusion_attn.cli import distill, generate, info
+from diffusion_attn.cli import cache, distill, evaluate, generate, info, make_data
 from diffusion_attn.cli.errors import sentence
 from diffusion_attn.version import __version__
 
 PROGRAM = "diffusion-attn"
-COMMANDS = {"generate": generate, "distill": distill, "info": info}
+COMMANDS = {
+    "generate": generate,
+    "distill": distill,
+    "distill-make-data": make_data,
+    "distill-cache": cache,
+    "evaluate": evaluate,
+    "info": info,
+}
 """The subcommands: modules with ``add_arguments(parser)`` and ``run(args) -> exit code``."""
 
 
@@ -45,6 +52,8 @@ def _run(argv: list[str]) -> int:
         subparser = _parser(f"{PROGRAM} {name}", description)
         command.add_arguments(subparser)
         commands.add_subcommand(name, subparser, help=description.rstrip("."))
+    if "-".join(argv[:2]) in COMMANDS:  # two words as one: where the second one stands, there may be a recipe
+        argv = ["-".join(argv[:2]), *argv[2:]]
     args = parser.parse_args(argv)
     if args.subcommand is None:
         parser.print_help()

@@ -37,7 +37,7 @@ def add_method_options(parser: Any) -> None:
         "--weights",
         type=str,
         metavar="ID_OR_FOLDER",
-        help=f"weights of {' or '.join(_with_weights(METHODS))}: a local folder or a Hub id; by default the published "
+        help=f"weights of {' or '.join(with_weights(METHODS))}: a local folder or a Hub id; by default the published "
         "ones that belong to the model",
     )
     for name, method in METHODS.items():
@@ -82,11 +82,10 @@ def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], 
                 f"--{name}.{next(iter(options))} belongs to a method that is not enabled; add --method {name}, or "
                 "leave the option out."
             )
-    with_weights = _with_weights(names)
-    if args.weights is not None and len(with_weights) != 1:
+    if args.weights is not None and len(with_weights(names)) != 1:
         raise CommandError(
             f"--weights {args.weights!r} belongs to one method that has weights; give exactly one of "
-            f"--method {', '.join(_with_weights(METHODS))}, or leave it out."
+            f"--method {', '.join(with_weights(METHODS))}, or leave it out."
         )
     try:
         return [_build(METHODS[name], given.get(name, {}), args.weights) for name in names]
@@ -95,14 +94,15 @@ def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], 
 
 
 def _build(method: Any, options: dict[str, Any], weights: str | None) -> Method | Callable[[Any], Method]:
-    if not _with_weights([method.name]):
+    if not with_weights([method.name]):
         return method(**options)
     if weights is None:
         return functools.partial(method.for_pipeline, **options)
     return method.from_pretrained(weights, **options)
 
 
-def _with_weights(names: Iterable[str]) -> list[str]:
+def with_weights(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` whose methods have weights to load."""
     return [name for name in names if hasattr(METHODS[name], "from_pretrained")]
 
 
