@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm import tqdm
 
 import diffusion_attn as da
 from diffusion_attn.core.session import bind_call
 from diffusion_attn.methods.unet_layout import attention_levels, mirror
+from diffusion_attn.metrics.cost import Cost, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -134,6 +136,31 @@ def check_counter(device: str = "meta") -> None:
             f"torch {torch.__version__} counts {counted} FLOPs for an attention of {expected} on {device}; add the "
             "formula of the kernel that it uses there."
         )
+
+
+# ---- times
+
+
+def in_turns(
+    names: list[str],
+    repeats: int,
+    call: Callable[[str], Any],
+    device: str,
+    what: str,
+    change: Callable[[str], AbstractContextManager] = nullcontext,
+) -> dict[str, list[Cost]]:
+    """Costs of every variant, measured in rounds that each begin with another one; a first round is thrown away.
+
+    ``change`` puts a variant in force, which is not measured.
+    """
+    costs: dict[str, list[Cost]] = {name: [] for name in names}
+    order = [names[(i + shift) % len(names)] for shift in range(-1, repeats) for i in range(len(names))]
+    for index, name in enumerate(tqdm(order, desc=what)):
+        with torch.no_grad(), change(name), measure(device) as cost:
+            call(name)
+        if index >= len(names):
+            costs[name].append(cost)
+    return costs
 
 
 # ---- other people's methods

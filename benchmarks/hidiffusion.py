@@ -30,7 +30,6 @@ from benchmarks.common import LAYOUTS, TIMESTEPS, Layout
 from benchmarks.pages import Section, add_report, finish, origin, run, shared_arguments
 from diffusion_attn.core.context import StepContext
 from diffusion_attn.methods.hidiffusion.regime import regime
-from diffusion_attn.metrics.cost import measure
 
 NAME = "hidiffusion"
 REGIMES = ("D", "P", "D+P")
@@ -225,23 +224,6 @@ def runs(layout: Layout, pixels: int) -> dict[str, Counter[str]]:
     return mixed
 
 
-def time_steps(
-    args: argparse.Namespace, layout: Layout, unet: nn.Module, pixels: int, variants: dict[str, Change]
-) -> dict[str, list]:
-    """Costs of every variant, measured in turns: ``--repeats`` rounds, each beginning with another variant."""
-    call = layout.call(unet, pixels, batch=args.batch)
-    costs: dict[str, list] = {name: [] for name in variants}
-    names = list(variants)
-    # A round to warm up is thrown away: the first steps of a process pay for thread pools and memory.
-    order = [names[(i + shift) % len(names)] for shift in range(-1, args.repeats) for i in range(len(names))]
-    for index, name in enumerate(tqdm(order, desc=f"{pixels} px")):
-        with torch.no_grad(), variants[name](unet), measure(args.device) as cost:
-            call()
-        if index >= len(names):
-            costs[name].append(cost)
-    return costs
-
-
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Time UNet steps on random weights, and keep each size as it is done."""
     layout = LAYOUTS[args.layout]
@@ -262,7 +244,15 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         for name, change in variants.items():
             with change(shapes_only):
                 operations[name] = common.count_flops(layout.call(shapes_only, pixels, batch=args.batch))
-        costs = time_steps(args, layout, unet, pixels, variants)
+        call = layout.call(unet, pixels, batch=args.batch)
+        costs = common.in_turns(
+            list(variants),
+            args.repeats,
+            lambda _: call(),  # noqa: B023
+            args.device,
+            f"{pixels} px",
+            lambda name: variants[name](unet),  # noqa: B023
+        )
         seconds = {name: median(cost.seconds for cost in costs[name]) for name in variants}
         rows = [
             {

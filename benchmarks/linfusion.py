@@ -21,13 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import diffusion_attn as da
 from benchmarks import common, oracle
 from benchmarks.common import LAYOUTS
 from benchmarks.pages import Section, add_report, finish, origin, run, shared_arguments
-from diffusion_attn.metrics.cost import Cost, measure
 
 NAME = "linfusion"
 MID_DIMS = {"sd": None, "sdxl": lambda width: width // 16}
@@ -66,7 +64,7 @@ def op(args: argparse.Namespace) -> dict[str, Any]:
     for tokens in args.tokens:
         q, k, v = op_inputs(args, tokens)
         names = [name for name in OPS if name != "softmax (SDPA)" or tokens <= args.softmax_until]
-        costs = in_turns(names, args.repeats, lambda name: OPS[name](q, k, v), args.device, f"{tokens} tokens")  # noqa: B023
+        costs = common.in_turns(names, args.repeats, lambda name: OPS[name](q, k, v), args.device, f"{tokens} tokens")  # noqa: B023
         seconds = {name: median(cost.seconds for cost in costs[name]) for name in names}
         for name in names:
             rows.append(
@@ -96,28 +94,6 @@ def gate(args: argparse.Namespace) -> None:
     if off > 1e-5 + 2 * torch.finfo(q.dtype).eps:
         raise SystemExit("parity gate failed: linear_attention is not the published formula. No times are measured.")
     print("parity gate passed")
-
-
-def in_turns(
-    names: list[str],
-    repeats: int,
-    call: Callable[[str], Any],
-    device: str,
-    what: str,
-    change: Callable[[str], AbstractContextManager] = nullcontext,
-) -> dict[str, list[Cost]]:
-    """Costs of every variant, measured in rounds that each begin with another one; a first round is thrown away.
-
-    ``change`` puts a variant in force, which is not measured.
-    """
-    costs: dict[str, list[Cost]] = {name: [] for name in names}
-    order = [names[(i + shift) % len(names)] for shift in range(-1, repeats) for i in range(len(names))]
-    for index, name in enumerate(tqdm(order, desc=what)):
-        with torch.no_grad(), change(name), measure(device) as cost:
-            call(name)
-        if index >= len(names):
-            costs[name].append(cost)
-    return costs
 
 
 def operations(name: str, tokens: int, args: argparse.Namespace) -> int:
@@ -190,7 +166,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
 
         names = ["plain", "LinFusion"]
         what = f"{width} x {height}"
-        costs = in_turns(names, args.repeats, lambda _: call(), args.device, what, partial(change, model=unet))  # noqa: B023
+        costs = common.in_turns(names, args.repeats, lambda _: call(), args.device, what, partial(change, model=unet))  # noqa: B023
         for name in names:
             with change(name, shapes_only):
                 flops = common.count_flops(count)
