@@ -344,8 +344,10 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator) -> None:
     pipe.to("cpu", torch.float16).save_pretrained(args.output / "model")
     if step_count := args.steps - first:
         seconds = (time.monotonic() - began) / step_count
-        processes = accelerator.num_processes
-        record(args, "denoiser", steps=args.steps, seconds_per_step=seconds, processes=processes)
+        facts = {"steps": args.steps, "seconds_per_step": seconds, "processes": accelerator.num_processes}
+        if args.init is not None and (earlier := args.init.parent / "training.json").exists():
+            facts["continued"] = json.loads(earlier.read_text())["denoiser"]
+        record(args, "denoiser", **facts)
 
 
 def assemble(autoencoder, text_encoder, tokenizer, unet, scheduler) -> StableDiffusionPipeline:
