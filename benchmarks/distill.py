@@ -1,22 +1,27 @@
-"""What a step of distillation costs, part by part: time, peak memory, operations.
+"""Distillation in numbers: what a step costs, part by part, and how runs went.
 
-    python -m benchmarks.distill step      # on the embedded model, or on a folder with --model
-    python -m benchmarks.distill report    # docs/results/distill.md from the committed numbers
+    python -m benchmarks.distill step                # on the embedded model, or on a folder with --model
+    diffusion-attn evaluate --student RUN --output RUN/evaluation
+    python -m benchmarks.distill curve --runs RUN... # losses and scores of finished runs, side by side
+    python -m benchmarks.distill report              # docs/results/distill.md from the committed numbers
 
-Run from the repository root. The first prints a table and keeps it as a section of the JSON file ``--output``.
+Run from the repository root. They print a table and keep it as a section of the JSON file ``--output``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
+import yaml
 
 import diffusion_attn as da
 from benchmarks import common
@@ -142,6 +147,64 @@ def step_table(section: dict[str, Any]) -> str:
     return common.table(["part", "ms", "of a step", "GFLOP", "GFLOP/s", "peak MiB"], lines)
 
 
+# ---- curve
+
+TERMS = ("target", "prediction", "attention")
+POINTS = 12  # of a curve
+SHOWN = {"steps": "run", "batch_size": "optim", "lr": "optim", **dict.fromkeys(TERMS, "loss")}
+"""Settings that the table of runs shows, with their sections."""
+
+
+def curve(args: argparse.Namespace) -> dict[str, Any]:
+    """Losses of finished runs, each point the mean of a stretch of steps, and scores where they were evaluated."""
+    return {**origin(args), "runs": {folder.name: read_run(folder) for folder in args.runs}}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a run's folder tells.
+
+    Raises:
+        SystemExit: it is not one of a finished run.
+    """
+    if not (folder / "history.json").is_file():
+        raise SystemExit(f"{folder} holds no history.json; give folders that diffusion-attn distill finished.")
+    history = json.loads((folder / "history.json").read_text())
+    config = yaml.safe_load((folder / "distill.yaml").read_text())
+    evaluation = folder / "evaluation" / "evaluation.json"
+    points = []
+    for start in range(0, len(history), size := math.ceil(len(history) / POINTS)):
+        part = history[start : start + size]
+        means = {name: fmean(entry[name] for entry in part) for name in TERMS if name in part[0]}
+        points.append({"step": part[-1]["step"], **means})
+    return {
+        "settings": {name: config[section][name] for name, section in SHOWN.items()},
+        "points": points,
+        "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
+    }
+
+
+def curve_table(section: dict[str, Any]) -> str:
+    """The runs with their scores, then the losses of each."""
+    lines = []
+    for name, one in section["runs"].items():
+        settings, result = one["settings"], one["evaluation"]
+        line = [name, *(f"{settings[key]:g}" for key in SHOWN)]
+        if result is None:
+            lines.append([*line, "-", "-", "-"])
+            continue
+        teacher, student = (result["numbers"][who]["oracle"]["exact"] for who in ("teacher", "student"))
+        lines.append([*line, f"{student:.1%}", f"{student / teacher:.0%}", f"{result['likeness']['psnr']:.1f}"])
+    head = ["run", "steps", "batch", "lr", *(f"weight of {name}" for name in TERMS)]
+    tables = [common.table([*head, "exact", "of the teacher's", "PSNR to the teacher, dB"], lines)]
+    for name, one in section["runs"].items():
+        rows = [
+            [str(point["step"]), *(f"{point[term]:.4f}" if term in point else "-" for term in TERMS)]
+            for point in one["points"]
+        ]
+        tables.append(f"{name}:\n\n{common.table(['steps to', *TERMS], rows)}")
+    return "\n\n".join(tables)
+
+
 _INTRODUCTION = """\
 # Distillation in numbers
 
@@ -155,7 +218,14 @@ _SECTIONS = {
         "in turns in one run; the last rows are sums. Peak memory is what a part needs above what was there before; "
         "GFLOP are matrix products, convolutions and attention as they were executed.",
         step_table,
-    )
+    ),
+    "curve": Section(
+        "Runs",
+        "LinFusion students of the embedded model by the recipe `shapes-linfusion` and variations of it. *Exact*: the "
+        "share of 200 captions, held out from teacher and student, of which the student's picture shows what was asked "
+        "and nothing else. Below, the terms of the loss, each the mean of the steps since the row above.",
+        curve_table,
+    ),
 }
 
 
@@ -171,13 +241,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--mid-divisor", type=int, default=1, help="see the recipes")
     add("--batch", type=int, default=32)
     add("--repeats", type=int, default=5)
+    add = commands.add_parser("curve", parents=[kept], help="how runs went").add_argument
+    add("--runs", type=Path, nargs="+", required=True, help="folders of finished runs")
     add_report(commands)
     return finish(parser.parse_args(argv), NAME, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand, print its table and keep its section."""
-    run(parse(sys.argv[1:] if argv is None else argv), _INTRODUCTION, _SECTIONS, {"step": step})
+    run(parse(sys.argv[1:] if argv is None else argv), _INTRODUCTION, _SECTIONS, {"step": step, "curve": curve})
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import diffusion_attn as da
-from benchmarks import common, hidiffusion, linfusion
+from benchmarks import common, distill, hidiffusion, linfusion
 from benchmarks.common import LAYOUTS, TIMESTEPS
+from diffusion_attn.distill import DistillConfig, Distiller
 from diffusion_attn.shapes.tokenizer import build_tokenizer
 
 
@@ -201,3 +203,34 @@ def test_no_linfusion_times_without_parity(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="not the published formula"):
         linfusion.main(f"op --tokens 64 --repeats 1 --output {output}".split())
     assert not output.exists()
+
+
+def test_the_parts_of_a_step_and_a_curve_of_runs(model, tmp_path, capsys):
+    output = tmp_path / "distill-cpu-float32-torch0.json"
+    distill.main(f"step --model {model} --batch 2 --repeats 1 --output {output}".split())
+    rows = {row["part"]: row for row in json.loads(output.read_text())["step"]["rows"]}
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows[distill.CACHED]["flops"] == 0 < rows[distill.FORWARD]["flops"]
+    # A backward pass costs about twice its forward pass, and a checkpointed one the forward pass again.
+    assert 1.8 < rows[distill.BOTH]["flops"] / rows[distill.FORWARD]["flops"] < 3.2
+    assert rows[distill.BOTH]["flops"] < rows[distill.CHECKPOINTED]["flops"]
+
+    for name, attention in {"with": 0.5, "without": 0.0}.items():
+        recipe = {
+            "model": {"name": str(model)},
+            "data": {"source": "shapes"},
+            "loss": {"attention": attention},
+            "optim": {"batch_size": 1, "micro_batch": 1},
+            "run": {"output": str(tmp_path / name), "steps": 3, "log_every": 1},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        Distiller(DistillConfig.load(tmp_path / "recipe.yaml"), quiet=True).train()
+    distill.main(["curve", "--runs", str(tmp_path / "with"), str(tmp_path / "without"), "--output", str(output)])
+    runs = json.loads(output.read_text())["curve"]["runs"]
+    assert [point["step"] for point in runs["with"]["points"]] == [1, 2, 3]
+    assert "attention" in runs["with"]["points"][0] and "attention" not in runs["without"]["points"][0]
+    distill.main(["report", "--folder", str(tmp_path)])
+    page = (tmp_path / "distill.md").read_text()
+    assert "| teacher, forward" in page and "| without" in page and str(tmp_path) not in page
+    with pytest.raises(SystemExit, match=r"holds no history\.json"):
+        distill.main(["curve", "--runs", str(tmp_path), "--output", str(output)])
