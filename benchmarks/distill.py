@@ -41,6 +41,7 @@ NAME = "distill"
 PICTURES, ENCODE, CACHED = "pictures and captions", "latents and conditions", "both from a cache"
 TEACHER, FORWARD, BOTH = "teacher, forward", "student, forward", "student, forward and backward"
 CHECKPOINTED = "student, forward and backward, checkpointed"
+UPDATE = "clipping and AdamW"
 
 
 def parts(args: argparse.Namespace, cache: Path) -> dict[str, Callable[[], Any]]:
@@ -50,8 +51,8 @@ def parts(args: argparse.Namespace, cache: Path) -> dict[str, Callable[[], Any]]
         getattr(pipe, name).requires_grad_(False).eval().to(args.device)
     device, size, batch = pipe.unet.device, native_size(pipe), args.batch
     student = build_student(MethodConfig(mid_divisor=args.mid_divisor), pipe.unet).to(device)
-    with da.using(pipe, student):
-        model = StudentModel(pipe.unet, student)
+    model = StudentModel(pipe.unet, student)
+    optimizer = torch.optim.AdamW(student.parameters())
     layers = [module for _, module in student.attentions(pipe.unet)]
     make_cache(pipe, DataConfig(source="shapes", size=size), cache, count=batch, quiet=True)
     scenes, cached = ShapesData(size, 0), CachedData(str(cache))
@@ -79,6 +80,12 @@ def parts(args: argparse.Namespace, cache: Path) -> dict[str, Callable[[], Any]]
             if backward:
                 loss.backward()
 
+    def update() -> None:
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+
     return {
         PICTURES: lambda: [scenes[i] for i in range(batch)],
         ENCODE: lambda: encode(pipe, samples, device),
@@ -87,6 +94,7 @@ def parts(args: argparse.Namespace, cache: Path) -> dict[str, Callable[[], Any]]
         FORWARD: lambda: learn(False),
         BOTH: lambda: learn(True),
         CHECKPOINTED: lambda: learn(True, True),
+        UPDATE: update,
     }
 
 
@@ -113,7 +121,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
 def step_table(section: dict[str, Any]) -> str:
     """The parts, and the whole steps that they add up to."""
     rows = {row["part"]: row for row in section["rows"]}
-    whole = sum(rows[name]["seconds"] for name in (PICTURES, ENCODE, TEACHER, BOTH))
+    whole = sum(rows[name]["seconds"] for name in (PICTURES, ENCODE, TEACHER, BOTH, UPDATE))
     lines = [
         [
             name,
@@ -126,9 +134,9 @@ def step_table(section: dict[str, Any]) -> str:
         for name, row in rows.items()
     ]
     sums = {
-        "step": (PICTURES, ENCODE, TEACHER, BOTH),
-        "step, from a cache": (CACHED, TEACHER, BOTH),
-        "step, from a cache, checkpointed": (CACHED, TEACHER, CHECKPOINTED),
+        "step": (PICTURES, ENCODE, TEACHER, BOTH, UPDATE),
+        "step, from a cache": (CACHED, TEACHER, BOTH, UPDATE),
+        "step, from a cache, checkpointed": (CACHED, TEACHER, CHECKPOINTED, UPDATE),
     }
     for name, members in sums.items():
         seconds = sum(rows[member]["seconds"] for member in members)

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from diffusion_attn.core.errors import CheckpointFormatError
 from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.data import Order, PictureData, Sample, ShapesData
-from diffusion_attn.distill.encoding import Encoded, encode, encode_captions, fingerprint
+from diffusion_attn.distill.encoding import Encoded, encode, encode_nothing, fingerprint
 from diffusion_attn.distill.sources import DataError, find_pictures
 from diffusion_attn.distill.teacher import native_size, size_step
-from diffusion_attn.methods.checkpoints import read_json
+from diffusion_attn.methods.checkpoints import read_json, read_tensors
 
 INDEX = "cache.json"
 EMPTY = "empty.safetensors"
@@ -106,6 +106,9 @@ def make_cache(
     read, names = _open(config, size, size_step(pipe), count, seed)
     made_of = {
         "model": fingerprint(pipe),
+        "source": config.source,
+        "split": config.split,
+        "image_column": config.image_column,
         "pictures": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
         "fit": config.fit,
         "max_aspect": config.max_aspect,
@@ -114,10 +117,11 @@ def make_cache(
         "seed": seed if config.source == "shapes" else None,
     }
     index = _begin(output, made_of, size, len(names))
+    _check_broken(index, config)
     device = pipe.unet.device
     with torch.no_grad(), tqdm(total=len(names), desc="cache", unit="picture", disable=quiet) as bar:
         if not (output / EMPTY).exists():
-            _write_tensors(output / EMPTY, encode_captions(pipe, [""], device), dtype)
+            _write_tensors(output / EMPTY, encode_nothing(pipe, device), dtype)
         for start in range(0, len(names), SHARD):
             numbers = range(start, min(start + SHARD, len(names)))
             file = f"shard-{start // SHARD:06d}.safetensors"
@@ -148,7 +152,9 @@ def _open(config: DataConfig, size: int, step: int, count: int | None, seed: int
 def _begin(output: Path, made_of: dict[str, Any], size: int, total: int) -> Index:
     if not (output / INDEX).exists():
         output.mkdir(parents=True, exist_ok=True)
-        return Index(made_of, size, total)
+        index = Index(made_of, size, total)
+        index.write(output)
+        return index
     index = Index.read(output)
     if (index.made_of, index.total) != (made_of, total):
         changed = sorted(name for name in made_of if index.made_of.get(name) != made_of[name]) or ["number of pictures"]
@@ -235,6 +241,8 @@ class CachedData:
             raise DataError(
                 f"the cache in {str(self.folder)!r} is not complete; run diffusion-attn distill cache again to go on."
             )
+        if not any(self.contents.shards.values()):
+            raise DataError(f"the cache in {str(self.folder)!r} holds nothing: all its pictures are broken; mend them.")
         self._places = [(file, number) for file, rows in self.contents.shards.items() for number, *_ in rows]
         self.order = Order([tuple(shape) for rows in self.contents.shards.values() for _, *shape in rows], batch, seed)
         self._files: dict[str, Any] = {}
@@ -261,25 +269,34 @@ class CachedData:
     def check_broken(self, count: int) -> None:
         """There are none: they were left out."""
 
-    def check(self, pipe: Any, config: DataConfig) -> None:
-        """Make sure that the cache is of this model, and has what ``config`` asks for.
+    def check(self, pipe: Any, config: DataConfig, size: int) -> None:
+        """Make sure that the cache is of this model, in float32, and has what ``config`` asks for at ``size`` pixels.
 
         Raises:
             DataError: it is not, or has not.
         """
-        for name, wanted in {"model": fingerprint(pipe), "size": config.size}.items():
+        asked = {"model": fingerprint(pipe), "size": size, "fit": config.fit}
+        if config.fit == "bucket":
+            asked["max_aspect"] = config.max_aspect
+        for name, wanted in asked.items():
             found = self.contents.made_of.get(name)
-            if wanted is not None and found != wanted:
+            if found != wanted:
                 raise DataError(
                     f"the cache in {str(self.folder)!r} was made with another {name} ({found}, not {wanted}): it does "
                     "not fit this run; make it again for this one."
                 )
 
     def empty(self) -> dict[str, torch.Tensor]:
-        """Conditions of the empty caption, ``(1, ...)`` each."""
-        from safetensors.torch import load_file
+        """Conditions of the empty caption, ``(1, ...)`` each.
 
-        return load_file(self.folder / EMPTY)
+        Raises:
+            CheckpointFormatError: the file is gone or damaged.
+        """
+        return read_tensors(self.folder / EMPTY)
+
+    def digest(self) -> str:
+        """A short hash of what the cache was made of."""
+        return hashlib.sha256(json.dumps(self.contents.made_of, sort_keys=True).encode()).hexdigest()[:16]
 
     def _shard(self, file: str) -> tuple[Any, set[str]]:
         """An open file, and the names of a sample's tensors."""

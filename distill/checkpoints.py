@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from diffusion_attn.distill.config import ConfigError
 from diffusion_attn.methods.checkpoints import read_json, read_tensors
 
 TENSORS, STATE = "state.safetensors", "state.json"
-_PREFIX = "step-"
+_PREFIX, _PART, _OLD = "step-", ".part-", ".old-"
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The complete ones, oldest first."""
-        return sorted(self.folder.glob(f"{_PREFIX}*"))
+        return sorted(path for path in self.folder.glob("*") if re.fullmatch(rf"{_PREFIX}\d{{9}}", path.name))
 
     def last(self) -> Path | None:
         """The newest, or ``None``."""
@@ -133,7 +134,7 @@ class Checkpoints:
 
         self.clean()
         final = self.folder / f"{_PREFIX}{state.step:09d}"
-        part = self.folder / f".part-{final.name}"
+        part = self.folder / f"{_PART}{final.name}"
         try:
             part.mkdir(parents=True)
             state.save(part)
@@ -152,12 +153,12 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what an interrupted run left half-done."""
-        for path in self.folder.glob(".*"):
+        for path in (*self.folder.glob(f"{_PART}*"), *self.folder.glob(f"{_OLD}*")):
             shutil.rmtree(path)
 
     def _remove(self, path: Path) -> None:
         # Renamed first: a kill in between must not leave half a checkpoint under a good name.
-        shutil.rmtree(path.rename(path.with_name(f".old-{path.name}")))
+        shutil.rmtree(path.rename(path.with_name(f"{_OLD}{path.name}")))
 
 
 def _part(entries: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -276,10 +276,15 @@ class DistillConfig:
         path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
     def identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on: everything but how long, where, and what is kept."""
+        """What has to be the same for a run to go on: everything but how long, where, and what is kept.
+
+        Nor where the data are, how many may be broken, and how a batch is divided, which changes rounding only.
+        """
         plain = asdict(self)
         plain["run"] = {"seed": self.run.seed, "mixed_precision": self.run.mixed_precision}
-        del plain["data"]["workers"]
+        for name in ("workers", "path", "max_broken"):
+            del plain["data"][name]
+        del plain["optim"]["micro_batch"]
         return plain
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -153,16 +153,28 @@ class PictureData:
         step: sides of buckets are multiples of this, in pixels.
         batch: samples of one shape in a row.
         seed: decides the order.
+        quiet: show no progress while the pictures of buckets are looked at.
     """
 
     def __init__(
-        self, pictures: Pictures, config: DataConfig, size: int, step: int = 8, batch: int = 1, seed: int = 0
+        self,
+        pictures: Pictures,
+        config: DataConfig,
+        size: int,
+        step: int = 8,
+        batch: int = 1,
+        seed: int = 0,
+        quiet: bool = False,
     ) -> None:
         self.pictures, self.config = pictures, config
         self.shapes = [(size, size)] * len(pictures)
         if config.fit == "bucket":
             buckets = bucket_shapes(size, step, config.max_aspect)
-            self.shapes = [self._bucket(i, buckets) for i in tqdm(range(len(pictures)), desc="shapes", disable=None)]
+            bar = tqdm(range(len(pictures)), desc="shapes", unit="picture", disable=quiet)
+            found = [self._bucket(index, buckets) for index in bar]
+            # One that cannot be read is replaced by another of its shape, so it is given the shape of most.
+            common = Counter(shape for shape in found if shape).most_common(1)
+            self.shapes = [shape or (common[0][0] if common else buckets[0]) for shape in found]
         self.order = Order(self.shapes, batch, seed)
 
     def __getitem__(self, position: int) -> Sample:
@@ -177,7 +189,9 @@ class PictureData:
                 return replace(self.read(index), broken=tuple(broken))
             except DataError as error:
                 broken.append((self.pictures.name(index), str(error)))
-        raise DataError(f"none of {len(self.pictures)} pictures can be read ({broken[0][1]}); check data.path.")
+        raise DataError(
+            f"none of {len(broken)} pictures can be read, the first is {broken[0][0]} ({broken[0][1]}); check the data."
+        )
 
     def read(self, index: int) -> Sample:
         """Picture number ``index`` as a sample.
@@ -188,7 +202,7 @@ class PictureData:
         try:
             with self.pictures.open(index) as file, Image.open(file) as picture:
                 image = ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each kind of damage makes Pillow raise something else
             raise DataError(str(error) or type(error).__name__) from error
         return replace(fit_picture(image, self.shapes[index], self.config.fit), caption=self.pictures.caption(index))
 
@@ -205,14 +219,14 @@ class PictureData:
                 f"{self.config.max_broken} allows {allowed}; mend or remove them, or allow more."
             )
 
-    def _bucket(self, index: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
-        """The bucket of a picture, of which the header alone is read; of one without, any."""
+    def _bucket(self, index: int, buckets: list[tuple[int, int]]) -> tuple[int, int] | None:
+        """The bucket of a picture, of which the header alone is read, or ``None`` if that cannot be."""
         try:
             with self.pictures.open(index) as file, Image.open(file) as picture:
                 width, height = picture.size
                 turned = picture.getexif().get(_ORIENTATION, 1) >= 5
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return buckets[0]
+        except Exception:  # as in `read`, which will tell the reason
+            return None
         return nearest_shape((width, height) if turned else (height, width), buckets)
 
 
@@ -240,14 +254,33 @@ def fit_picture(image: Image.Image, shape: tuple[int, int], fit: str) -> Sample:
 
 
 def load_batches(data: Data, positions: Iterable[range], workers: int) -> Iterator[list[Any]]:
-    """Batches of samples, one for each range of ``positions``, loaded ahead by ``workers`` processes."""
-    # A generator of its own: the loader would take its seed from the user's.
-    return iter(
-        DataLoader(
-            data,  # type: ignore[arg-type]
-            batch_sampler=positions,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=list,
-            generator=torch.Generator(),
-        )
+    """Batches of samples, one for each range of ``positions``, loaded ahead by ``workers`` processes.
+
+    Raises:
+        DataError: a sample cannot be had.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Careful(data),  # type: ignore[arg-type]
+        batch_sampler=positions,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the loader would take its seed from the user's
     )
+    for batch in loader:
+        for sample in batch:
+            if isinstance(sample, DataError):
+                raise sample
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Careful:
+    """Data whose errors are results: a worker process would wrap what it raises in its whole traceback."""
+
+    data: Data
+
+    def __getitem__(self, position: int) -> Any:
+        try:
+            return self.data[position]
+        except DataError as error:
+            return error

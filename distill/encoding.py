@@ -88,12 +88,23 @@ def encode_captions(pipe: Any, captions: Sequence[str], device: torch.device) ->
     return {"encoder_hidden_states": text, "text_embeds": pooled}
 
 
-def fingerprint(pipe: Any) -> str:
-    """What makes latents and conditions those of this pipeline: its autoencoder, text encoders and tokenizers."""
+def encode_nothing(pipe: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """The conditions, ``(1, ...)`` each, that guidance holds against a prompt: the empty caption's, for SDXL zeros."""
+    conditions = encode_captions(pipe, [""], device)
+    zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
+    return {name: torch.zeros_like(x) for name, x in conditions.items()} if zeros else conditions
+
+
+def fingerprint(pipe: Any, denoiser: bool = False) -> str:
+    """What makes latents and conditions those of this pipeline: its autoencoder, text encoders and tokenizers.
+
+    With ``denoiser`` also its UNet and scheduler, which make pictures those of this pipeline.
+    """
     hasher = hashlib.sha256()
+    if denoiser:
+        hasher.update(str(sorted(pipe.scheduler.config.items(), key=str)).encode())
     for name, part in sorted(pipe.components.items()):
-        if name == "vae" or name.startswith("text_encoder"):
-            assert isinstance(part, nn.Module)
+        if isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder") or denoiser):
             for key, tensor in part.state_dict().items():
                 hasher.update(f"{name}.{key}".encode())
                 hasher.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from diffusion_attn.distill.encoding import fingerprint
 from diffusion_attn.distill.sources import DataError
+from diffusion_attn.methods.checkpoints import read_json
 
 SETTINGS = "made.json"
 
@@ -47,9 +48,10 @@ def make_data(
 
     Raises:
         DataError: ``output`` holds pictures made otherwise, or cannot be written.
+        CheckpointFormatError: its record of how they were made is damaged.
     """
     settings = {
-        "model": fingerprint(pipe),
+        "model": fingerprint(pipe, denoiser=True),
         "prompts": list(prompts),
         "size": list(size),
         "steps": steps,
@@ -86,7 +88,7 @@ def _begin(output: Path, settings: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     file = output / SETTINGS
     if file.exists():
-        if (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        if (found := read_json(file)) != settings:
             changed = ", ".join(name for name in settings if found.get(name) != settings[name])
             raise DataError(
                 f"--output {str(output)!r} holds pictures made with another {changed}; choose another folder, or go on "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import tarfile
@@ -63,6 +64,14 @@ def find_pictures(config: DataConfig) -> Pictures:
     return pictures
 
 
+def digest(pictures: Pictures) -> str:
+    """A short hash of names, without their folders, and captions: other pictures are another run."""
+    hasher = hashlib.sha256()
+    for index in range(len(pictures)):
+        hasher.update(f"{Path(pictures.name(index)).name}\t{pictures.caption(index)}\n".encode())
+    return hasher.hexdigest()[:16]
+
+
 # ---- a folder
 
 
@@ -109,7 +118,10 @@ def _beside(root: Path) -> Iterator[tuple[Path, str]]:
     for path in root.rglob("*"):
         text = path.with_suffix(".txt")
         if path.suffix.lower() in SUFFIXES and text.is_file():
-            yield path, text.read_text(encoding="utf-8").strip()
+            try:
+                yield path, text.read_text(encoding="utf-8").strip()
+            except ValueError as error:
+                raise DataError(f"{str(text)!r} is not UTF-8 text; save it as such, or remove it.") from error
 
 
 def _rows(file: Path, column: str) -> Iterator[tuple[str, str]]:
@@ -117,7 +129,8 @@ def _rows(file: Path, column: str) -> Iterator[tuple[str, str]]:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows: Any = csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
             for row in rows:
-                yield str(row["file_name"]), str(row[column])
+                if row[column] is not None:
+                    yield str(row["file_name"]), str(row[column])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); expected file_name and {column} in every "
@@ -177,13 +190,16 @@ def _members(file: Path, column: str) -> Iterator[tuple[Path, str, int, int, str
         with tarfile.open(file, "r:") as archive:  # compressed ones cannot be read from the middle
             for member in archive:
                 place = PurePosixPath(member.name)
+                if not member.isfile() or place.name.startswith("."):  # what macOS keeps beside a file
+                    continue
                 stem, _, ending = place.name.partition(".")
                 key, suffix = str(place.with_name(stem)), f".{ending.lower()}"
                 if suffix in SUFFIXES:
                     pictures[key] = (member.name, member.offset_data, member.size)
                 elif suffix in (".txt", ".json") and (content := archive.extractfile(member)):
                     text = content.read().decode("utf-8")
-                    captions[key] = text.strip() if suffix == ".txt" else str(json.loads(text)[column])
+                    found = text.strip() if suffix == ".txt" else json.loads(text)[column]
+                    captions |= {} if found is None else {key: str(found)}
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); expected an uncompressed tar file with a "
@@ -205,22 +221,25 @@ class HubPictures:
     path: str
     image_column: str
     captions: Any
+    kept: list[int]  # rows that have a caption
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.kept)
 
     def name(self, index: int) -> str:
         """The dataset and the row's number."""
-        return f"{self.path}[{index}]"
+        return f"{self.path}[{self.kept[index]}]"
 
     def caption(self, index: int) -> str:
         """What the picture shows; the first of several captions."""
-        caption = self.captions[index]
+        caption = self.captions[self.kept[index]]
         return str(caption[0] if isinstance(caption, list) else caption)
 
     def open(self, index: int) -> BinaryIO:
         """The encoded picture."""
-        image = self.rows[index][self.image_column]
+        image = self.rows[self.kept[index]][self.image_column]
+        if image is None:
+            raise OSError("the row has no picture")
         if image["bytes"] is not None:
             return io.BytesIO(image["bytes"])
         return Path(image["path"]).open("rb")
@@ -249,6 +268,7 @@ def find_on_hub(path: str, config: DataConfig) -> HubPictures:
             raise ValueError(f"it has no column {min(missing)!r} but {', '.join(rows.column_names)}")
         rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
         captions = rows[config.caption_column]
+        kept = [number for number, caption in enumerate(captions) if caption not in (None, [])]
     except Exception as error:  # it raises whatever the files, the connection or pyarrow made it raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise DataError(
@@ -256,7 +276,7 @@ def find_on_hub(path: str, config: DataConfig) -> HubPictures:
             f"and the columns {config.image_column!r} and {config.caption_column!r}: see --data.split, "
             "--data.image_column and --data.caption_column."
         ) from error
-    return HubPictures(rows, path, config.image_column, captions)
+    return HubPictures(rows, path, config.image_column, captions, kept)
 
 
 _FINDERS: dict[str, Any] = {"folder": find_in_folder, "webdataset": find_in_tars, "hub": find_on_hub}

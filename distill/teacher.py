@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
-from diffusion_attn.distill.losses import PREDICTIONS
 from diffusion_attn.shapes import models
 
 
@@ -52,7 +51,8 @@ def check_teacher(pipe: Any, name: str) -> None:
         serves
         and unet.config.in_channels == unet.config.out_channels == vae.config.latent_channels
         and unet.config.addition_embed_type in (None, "text_time")
-        and pipe.scheduler.config.get("prediction_type", "epsilon") in PREDICTIONS
+        and pipe.scheduler.config.get("prediction_type") in ("epsilon", "v_prediction")
+        and "beta_schedule" in pipe.scheduler.config
     )
     if not fits:
         raise UnsupportedModelError(

@@ -7,13 +7,16 @@ import logging
 import re
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
 from torch import nn
 from tqdm import tqdm
 
@@ -25,15 +28,16 @@ from diffusion_attn.distill.checkpoints import Checkpoints, TrainState
 from diffusion_attn.distill.config import ConfigError, DistillConfig, OptimConfig
 from diffusion_attn.distill.data import PictureData, ShapesData, load_batches
 from diffusion_attn.distill.draws import Draws
-from diffusion_attn.distill.encoding import Encoded, encode, encode_captions
+from diffusion_attn.distill.encoding import Encoded, encode, encode_nothing
 from diffusion_attn.distill.features import Features
-from diffusion_attn.distill.sources import find_pictures
+from diffusion_attn.distill.sources import digest, find_pictures
 from diffusion_attn.distill.student import Student, StudentModel, build_student
 from diffusion_attn.distill.teacher import NoiseSchedule, load_teacher, native_size, size_step
 from diffusion_attn.distill.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+_MOST_SKIPPED = 100  # a scale of 2^16 has long gone to 1 by then
 _REFUSED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -68,7 +72,8 @@ class Distiller:
             The student, ready to be enabled.
 
         Raises:
-            DivergedError: the loss is no longer a number; the last checkpoint is kept.
+            DivergedError: the loss is no longer a number, or nothing is learned; the last checkpoint is kept.
+            ConfigError: the configuration does not fit the model, the data, or the run to go on with.
             DataError: too many pictures cannot be read.
             DiffusionAttnError: the model cannot be loaded or distilled.
         """
@@ -78,27 +83,29 @@ class Distiller:
 
         pipe = load_teacher(config.model.name)
         student = build_student(config.method, pipe.unet).to(device)
+        with using(pipe, student):
+            pass  # weights of another model are told now, not at the first step
+        data, contents = self._open_data(pipe)
         self._freeze(pipe, device)
-        data = self._open_data(pipe)
         empty = self._empty_conditions(pipe, data)
         noise_schedule = NoiseSchedule(pipe.scheduler)
         layers = self._layers(student, pipe.unet)
-        validation = Validation(run, pipe, self.output / "pictures")
+        validation = Validation(run, self.output / "pictures")
 
         parameters = list(student.parameters())
         optimizer = build_optimizer(parameters, optim)
         state = TrainState(
-            config.identity(),
+            {**config.identity(), "contents": {"data": contents}},
             parameters,
             optimizer,
             build_schedule(optimizer, optim, run.steps),
             build_ema(parameters, optim.ema_decay),
             accelerator.scaler,
         )
+        model, stepper = accelerator.prepare(StudentModel(pipe.unet, student), optimizer)
         if run.resume and (last := self.checkpoints.last()):
             state.load(last)
         self.history = state.history
-        model, stepper = accelerator.prepare(StudentModel(pipe.unet, student), optimizer)
 
         shares = _shares(optim, accelerator)
         positions = (
@@ -107,17 +114,18 @@ class Distiller:
             for start in shares
         )
         batches = load_batches(data, positions, config.data.workers)
-        broken: dict[str, str] = {}
+        broken: set[str] = set()
+        skipped = 0  # steps in a row, of gradients that overflowed fp16
         bar = tqdm(total=run.steps, initial=state.step, desc="distill", unit="step", disable=self.quiet or not main)
         with bar:
             while state.step < run.steps:
                 began = time.perf_counter()
+                draws: Draws | None = None
                 sums: dict[str, torch.Tensor] = {}
                 for start, samples in zip(shares, islice(batches, len(shares)), strict=True):
                     self._report_broken(samples, broken)
-                    data.check_broken(len(broken))
                     encoded = self._encode(pipe, samples, device)
-                    draws = Draws.of(
+                    draws = draws or Draws.of(
                         run.seed,
                         state.step,
                         optim.batch_size,
@@ -138,14 +146,18 @@ class Distiller:
                         sums[name] = sums.get(name, 0) + value.detach() / len(shares)
 
                 norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or float("inf"))
-                values = dict(
-                    zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist(), strict=True)
-                )
+                found = torch.tensor(float(len(broken)), device=device)
+                means = accelerator.reduce(torch.stack([*sums.values(), found]), "mean").tolist()
+                values = dict(zip(sums, means, strict=False))
+                # Together, or the processes that find fewer would wait for those that stop.
+                data.check_broken(round(means[-1] * accelerator.num_processes))
                 self._check_finite(state.step + 1, values, None if accelerator.scaler else float(norm))
                 stepper.step()
                 stepper.zero_grad()
+                skipped = skipped + 1 if stepper.step_was_skipped else 0
+                self._check_skipped(state.step + 1, skipped)
                 state.schedule.step()
-                if state.ema is not None:
+                if state.ema is not None and not skipped:
                     state.ema.step(parameters)
                 state.step += 1
 
@@ -157,8 +169,10 @@ class Distiller:
                     state.history.append({"step": state.step, **values})
                     accelerator.log(values | speed, state.step)
                 if run.validation_every and (state.step % run.validation_every == 0 or state.step == run.steps):
-                    # By every process: a wrapper may need them all for one forward pass.
-                    validation.draw(pipe, student, state.step, write=main)
+                    if main:
+                        with _averaged(state.ema, parameters):
+                            validation.draw(pipe, student, state.step)
+                    accelerator.wait_for_everyone()
                 if state.step % run.save_every == 0 or state.step == run.steps:
                     if main:
                         self.checkpoints.save(state)
@@ -180,6 +194,8 @@ class Distiller:
         if run.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ConfigError("run.mixed_precision='fp16' needs a GPU, and there is none; use 'bf16' or 'no'.")
         processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
+        if config.optim.name == "prodigy" and find_spec("prodigyopt") is None:
+            raise ConfigError("optim.name='prodigy' is not installed; pip install prodigyopt, or use 'adamw'.")
         if config.optim.batch_size % (config.optim.micro_batch * processes):
             raise ConfigError(
                 f"optim.batch_size={config.optim.batch_size}: expected a multiple of optim.micro_batch times "
@@ -204,7 +220,7 @@ class Distiller:
     def _accelerator(self) -> Accelerator:
         from accelerate.tracking import get_available_trackers
 
-        run, optim = self.config.run, self.config.optim
+        run, optim, loss = self.config.run, self.config.optim, self.config.loss
         known = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
         for name in run.trackers:
             if name not in known:
@@ -218,6 +234,10 @@ class Distiller:
             mixed_precision=run.mixed_precision,
             log_with=run.trackers or None,
             project_dir=self.output,
+            # Attention outputs alone leave the layers after them without gradients.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=not (loss.target or loss.prediction))
+            ],
         )
         if accelerator.distributed_type in _REFUSED:
             raise ConfigError(
@@ -241,7 +261,7 @@ class Distiller:
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-                if name == "unet" or encodes:
+                if name == "unet" or (encodes and name.startswith(("vae", "text_encoder"))):
                     part.to(device, torch.float32 if name == "vae" else dtype)
         if self.config.run.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
@@ -255,8 +275,8 @@ class Distiller:
             raise ConfigError(f"loss.layers={loss.layers!r} is found in no layer's name; there are {names}, ...")
         return found if loss.attention else []
 
-    def _open_data(self, pipe: Any) -> Any:
-        """The data at the size that the configuration or the model asks for."""
+    def _open_data(self, pipe: Any) -> tuple[Any, str]:
+        """The data at the size that the configuration or the model asks for, and a short hash of what they are."""
         data, seed, batch = self.config.data, self.config.run.seed, self.config.optim.batch_size
         size, step = data.size or native_size(pipe), size_step(pipe)
         if size % step:
@@ -265,19 +285,18 @@ class Distiller:
             )
         if data.source == "cache":
             cached = CachedData(data.path, batch, seed)
-            cached.check(pipe, data)
-            return cached
-        return (
-            ShapesData(size, seed)
-            if self.pictures is None
-            else PictureData(self.pictures, data, size, step, batch, seed)
-        )
+            cached.check(pipe, data, size)
+            return cached, cached.digest()
+        if self.pictures is None:
+            return ShapesData(size, seed), "shapes"
+        pictures = PictureData(self.pictures, data, size, step, batch, seed, quiet=self.quiet)
+        return pictures, digest(self.pictures)
 
     def _empty_conditions(self, pipe: Any, data: Any) -> dict[str, torch.Tensor]:
         """The conditions of the empty caption, ``(1, ...)`` each, on the UNet's device."""
         device, dtype = pipe.unet.device, pipe.unet.dtype
         with torch.no_grad():
-            found = data.empty() if isinstance(data, CachedData) else encode_captions(pipe, [""], device)
+            found = data.empty() if isinstance(data, CachedData) else encode_nothing(pipe, device)
         return {name: x.to(device, dtype) for name, x in found.items()}
 
     # ---- a step
@@ -324,15 +343,22 @@ class Distiller:
             last = self.checkpoints.last()
             kept = f"{str(last)!r} is the last good checkpoint" if last else "there is no checkpoint yet"
             raise DivergedError(
-                f"step {step} diverged ({told}); {kept}; lower optim.lr, set optim.max_grad_norm, or use "
-                "run.mixed_precision bf16 or no."
+                f"step {step} diverged ({told}); {kept}; begin again in another --output with a lower optim.lr, "
+                "with optim.max_grad_norm, or with run.mixed_precision bf16 or no."
             )
 
-    def _report_broken(self, samples: list[Any], broken: dict[str, str]) -> None:
-        for path, reason in (entry for sample in samples for entry in sample.broken):
-            if path not in broken:
-                logger.warning("%s cannot be read and is skipped: %s", path, reason)
-            broken[path] = reason
+    def _check_skipped(self, step: int, skipped: int) -> None:
+        if skipped >= _MOST_SKIPPED:
+            raise DivergedError(
+                f"step {step} is the last of {skipped} whose gradients overflowed fp16: nothing is learned; begin "
+                "again in another --output with run.mixed_precision bf16 or no."
+            )
+
+    def _report_broken(self, samples: list[Any], broken: set[str]) -> None:
+        for name, reason in (entry for sample in samples for entry in sample.broken):
+            if name not in broken:
+                logger.warning("%s cannot be read and is skipped: %s", name, reason)
+            broken.add(name)
 
     # ---- after
 
@@ -343,18 +369,12 @@ class Distiller:
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of ``config``.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """The optimiser of ``config``, which has to be installed."""
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, **options)
-    try:
-        from prodigyopt import Prodigy
-    except ImportError as error:
-        raise ConfigError("optim.name='prodigy' is not installed; pip install prodigyopt, or use 'adamw'.") from error
+    from prodigyopt import Prodigy
+
     return Prodigy(parameters, **options)
 
 
@@ -370,6 +390,20 @@ def build_ema(parameters: list[nn.Parameter], decay: float | None) -> Any:
     from diffusers.training_utils import EMAModel
 
     return None if decay is None else EMAModel(parameters, decay=decay)
+
+
+@contextmanager
+def _averaged(ema: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The averages in place of ``parameters``, which come back after it."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def _shares(optim: OptimConfig, accelerator: Accelerator) -> range:

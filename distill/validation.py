@@ -21,27 +21,25 @@ class Validation:
 
     Args:
         config: prompts, steps and guidance.
-        pipe: the teacher, nothing enabled on it.
         folder: where the grids go; made with the first one.
     """
 
-    def __init__(self, config: RunConfig, pipe: Any, folder: Path) -> None:
+    def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self._teacher: list[Image.Image] | None = None
 
-    def draw(self, pipe: Any, student: Student, step: int, write: bool = True) -> None:
-        """Draw with the student as it is, and write ``folder/step-NNNNNN.png``."""
+    def draw(self, pipe: Any, student: Student, step: int) -> None:
+        """Draw with the student as it is on ``pipe``, the teacher, and write ``folder/step-NNNNNN.png``."""
         from diffusers.utils import make_image_grid
 
         if self._teacher is None:
             self._teacher = self._pictures(pipe)
         with using(pipe, student):
             pictures = self._pictures(pipe)
-        if write:
-            self.folder.mkdir(exist_ok=True)
-            part = self.folder / f".step-{step:06d}.part"
-            make_image_grid([*self._teacher, *pictures], 2, len(pictures)).save(part, "PNG")
-            os.replace(part, self.folder / f"step-{step:06d}.png")
+        self.folder.mkdir(exist_ok=True)
+        part = self.folder / f".step-{step:06d}.part"
+        make_image_grid([*self._teacher, *pictures], 2, len(pictures)).save(part, "PNG")
+        os.replace(part, self.folder / f"step-{step:06d}.png")
 
     def _pictures(self, pipe: Any) -> list[Image.Image]:
         config = self.config

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate import PartialState
+
 from diffusion_attn.cli.method_options import read_docstring
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.distill import DistillConfig, Distiller
@@ -39,7 +41,7 @@ def run(args: Any) -> int:
     with silence(args.quiet):
         distiller = Distiller(DistillConfig.load(args.recipe, overrides), args.quiet)
         distiller.train()
-    if not args.quiet:
+    if not args.quiet and PartialState().is_main_process:
         print(distiller.output)
     return 0
 

@@ -27,8 +27,9 @@ def sentence(error: BaseException) -> str:
     """What a user is told of ``error``, on one line."""
     if is_out_of_memory(error):
         return (
-            "memory ran out; ask for a smaller --size, halve the weights with --dtype float16, or enable a method "
-            "that needs less, such as --method hidiffusion."
+            "memory ran out; ask for a smaller --size or --batch, halve the weights with --dtype float16, or enable a "
+            "method that needs less, such as --method hidiffusion; to distil, lower --optim.micro_batch or add "
+            "--run.gradient_checkpointing true."
         )
     if isinstance(error, argparse.ArgumentError):
         return _of_argument(str(error))

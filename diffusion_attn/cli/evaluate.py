@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,16 +69,19 @@ def run(args: Any) -> int:
         raise CommandError("evaluate needs torchmetrics, which is not installed; pip install diffusion-attn[metrics].")
     check_numbers(args, {"count": 1, "steps": 1, "guidance": 0, "seed": 0, "batch": 1})
     prompts = _prompts(args)
+    if args.fid is not None and len(prompts) < 2:
+        raise CommandError(f"--fid {args.fid!r} compares sets of pictures; give two prompts or more.")
     size = None if args.size is None else parse_size(args.size)
     device = pick_device(args.device)
-    models.check_model(args.teacher)
+    models.check_model(args.teacher, "--teacher")
     output = Path(args.output).expanduser()
     files.prepare_folder(output)
     with silence(args.quiet):
         scorers = _scorers(args, device)
         kind: Any = METHODS[args.method]
         student = None if args.student is None else kind.from_pretrained(args.student)
-        pipe = models.load_model(args.teacher, pick_dtype(args.dtype, device), device)
+        pipe = models.load_model(args.teacher, pick_dtype(args.dtype, device), device, "--teacher")
+        models.show_everything(pipe)
         pipe.set_progress_bar_config(disable=True)
         size = size or models.native_size(pipe)
         models.check_size(pipe, size)
@@ -135,10 +139,11 @@ def _scorers(args: Any, device: torch.device) -> dict[str, Any]:
 
 @dataclass
 class _Drawn:
-    """What one of the two drew, and the cost of each denoising step of each batch."""
+    """What one of the two drew, with the seconds of each of its steps, and of a picture in each batch."""
 
     images: list[Image.Image] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    picture_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
 
@@ -157,14 +162,41 @@ def _draw(pipe: Any, student: Any, prompts: Sequence[str], call: dict[str, Any],
     with tqdm(total=len(prompts), desc="prompts", unit="prompt", disable=args.quiet) as bar:
         for start in range(0, len(prompts), args.batch):
             for name, one in drawn.items():
-                with measure(pipe.unet.device) as cost:
+                with measure(pipe.unet.device) as cost, _steps_timed(pipe.unet) as steps:
                     images = draw(name, start)
                 one.images += images
                 if len(images) == min(args.batch, len(prompts)):  # the last batch may be smaller
-                    one.seconds.append(cost.seconds / call["num_inference_steps"])
+                    one.step_seconds += steps
+                    one.picture_seconds.append(cost.seconds / len(images))
                 one.peak_bytes = max(one.peak_bytes, cost.peak_bytes)
             bar.update(len(images))
     return drawn
+
+
+@contextmanager
+def _steps_timed(denoiser: Any) -> Iterator[list[float]]:
+    """The seconds of each forward pass inside, with everything that is enabled."""
+    seconds: list[float] = []
+    began = 0.0
+
+    def now() -> float:
+        if denoiser.device.type == "cuda":
+            torch.cuda.synchronize(denoiser.device)
+        return time.perf_counter()
+
+    def before(module: Any, args: Any) -> None:
+        nonlocal began
+        began = now()
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seconds.append(now() - began)
+
+    handles = [denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after)]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _compare(drawn: dict[str, _Drawn], prompts: Sequence[str], scorers: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +204,11 @@ def _compare(drawn: dict[str, _Drawn], prompts: Sequence[str], scorers: dict[str
 
     teacher, student = drawn["teacher"].images, drawn["student"].images
     numbers: dict[str, dict[str, Any]] = {
-        name: {"seconds_per_step": median(one.seconds), "peak_memory_bytes": one.peak_bytes}
+        name: {
+            "seconds_per_step": median(one.step_seconds),
+            "seconds_per_picture": median(one.picture_seconds),
+            "peak_memory_bytes": one.peak_bytes,
+        }
         for name, one in drawn.items()
     }
     for name, one in drawn.items():
@@ -206,7 +242,10 @@ def as_table(result: dict[str, Any]) -> str:
         ]
     if "clip_score" in student:
         rows += [("CLIP score", *(f"{one['clip_score']:.2f}" for one in (teacher, student)))]
-    rows += [("ms per step", *(f"{one['seconds_per_step'] * 1e3:.1f}" for one in (teacher, student)))]
+    rows += [
+        (f"ms per step of {result['batch']}", *(f"{one['seconds_per_step'] * 1e3:.1f}" for one in (teacher, student)))
+    ]
+    rows += [("seconds per picture", *(f"{one['seconds_per_picture']:.2f}" for one in (teacher, student)))]
     rows += [("peak MB", *(f"{one['peak_memory_bytes'] / 1e6:.0f}" for one in (teacher, student)))]
     rows += [("PSNR, dB", "", f"{likeness['psnr']:.2f}"), ("SSIM", "", f"{likeness['ssim']:.3f}")]
     if "frechet_distance" in likeness:

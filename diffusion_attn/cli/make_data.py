@@ -55,6 +55,7 @@ def run(args: Any) -> int:
         size = size or models.native_size(pipe)
         models.check_size(pipe, size)
         pipe.set_progress_bar_config(disable=True)
+        models.show_everything(pipe)
         make_data(
             pipe,
             prompts,

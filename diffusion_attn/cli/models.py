@@ -20,8 +20,8 @@ _NEEDED = ("prompt", "width", "height", "num_inference_steps", "generator")
 _EMBEDDED_STEPS, _EMBEDDED_GUIDANCE = 30, 2.0  # what the embedded models are evaluated with
 
 
-def check_model(model: str) -> None:
-    """Refuse, before anything is loaded, a ``model`` that cannot be one.
+def check_model(model: str, option: str = "--model") -> None:
+    """Refuse, before anything is loaded, a ``model``, given as ``option``, that cannot be one.
 
     Raises:
         CommandError: it is neither an embedded model, nor a diffusers folder, nor of the form of a Hub id.
@@ -33,18 +33,18 @@ def check_model(model: str) -> None:
         return
     if path.is_dir():
         raise CommandError(
-            f"--model {model!r} is a folder without model_index.json, so not a diffusers pipeline; give the folder "
+            f"{option} {model!r} is a folder without model_index.json, so not a diffusers pipeline; give the folder "
             "that save_pretrained wrote."
         )
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise CommandError(
-            f"--model {model!r} was not found: it is no folder here, and no embedded model (there are: "
+            f"{option} {model!r} was not found: it is no folder here, and no embedded model (there are: "
             f"{', '.join(available()) or 'none'}); give one of these, or a Hub id of the form owner/name."
         )
 
 
-def load_model(model: str, dtype: Any, device: Any) -> Any:
-    """Load a pipeline onto ``device``: an embedded one, a local folder's or the Hub's, in this order.
+def load_model(model: str, dtype: Any, device: Any, option: str = "--model") -> Any:
+    """Load a pipeline, given as ``option``, onto ``device``: an embedded one, a folder's or the Hub's, in this order.
 
     Raises:
         CommandError: it cannot be loaded.
@@ -66,14 +66,20 @@ def load_model(model: str, dtype: Any, device: Any) -> Any:
         if is_out_of_memory(error):
             raise
         remedy = "check the folder" if path.is_dir() else "check the name and the connection, or give a local folder"
-        raise CommandError(f"--model {model!r} could not be loaded ({_reason(error)}); {remedy}.") from error
+        raise CommandError(f"{option} {model!r} could not be loaded ({_reason(error)}); {remedy}.") from error
     missing = [name for name in _NEEDED if name not in _parameters(pipe)]
     if missing:
         raise UnsupportedModelError(
-            f"--model {model!r} is a {type(pipe).__name__}, whose call takes no {missing[0]!r}; give a text-to-image "
+            f"{option} {model!r} is a {type(pipe).__name__}, whose call takes no {missing[0]!r}; give a text-to-image "
             "pipeline."
         )
     return pipe
+
+
+def show_everything(pipe: Any) -> None:
+    """Take off a pipeline's safety checker: the black pictures it gives are no data to learn or measure from."""
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
 
 
 def native_size(pipe: Any) -> Size:

@@ -32,22 +32,22 @@ class Cost:
 def measure(device: torch.device | str = "cpu") -> Iterator[Cost]:
     """Measure what runs inside the ``with`` block; read the `Cost` after it."""
     cost = Cost()
-    watch = _watch_cuda if torch.device(device).type == "cuda" else _watch_process
-    with watch(cost):
+    cuda = torch.device(device).type == "cuda"
+    with _watch_cuda(cost, device) if cuda else _watch_process(cost):
         began = time.perf_counter()
         yield cost
-        if torch.device(device).type == "cuda":
+        if cuda:
             torch.cuda.synchronize(device)
         cost.seconds = time.perf_counter() - began
 
 
 @contextmanager
-def _watch_cuda(cost: Cost) -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def _watch_cuda(cost: Cost, device: torch.device | str) -> Iterator[None]:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     yield
-    cost.peak_bytes = torch.cuda.max_memory_allocated() - before
+    cost.peak_bytes = torch.cuda.max_memory_allocated(device) - before
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class FrechetScorer:
         device: where it computes.
 
     Raises:
-        DiffusionAttnError: it cannot be loaded.
+        DiffusionAttnError: it cannot be loaded, or has no pooled features.
         ImportError: torchmetrics is not installed.
     """
 
@@ -79,10 +79,24 @@ class FrechetScorer:
 
         processor = _load(AutoImageProcessor, name, "vision model")
         model: Any = _load(AutoModel, name, "vision model").to(device).eval()
-        self.metric = FrechetInceptionDistance(feature=_Features(model, processor)).to(device)
+        features = _Features(model, processor)
+        try:
+            features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        except Exception as error:  # whatever a model of another kind makes of a picture
+            raise DiffusionAttnError(
+                f"{name!r} is a {type(model).__name__} that gives no pooled features of a picture ({error}); give a "
+                "vision model such as DINOv2 or CLIP."
+            ) from error
+        self.metric = FrechetInceptionDistance(feature=features).to(device)
 
     def __call__(self, images: Pictures, references: Pictures) -> float:
-        """The distance of ``images`` from ``references``, 0 where their features are alike; two of each at least."""
+        """The distance of ``images`` from ``references``, 0 where their features are alike.
+
+        Raises:
+            ValueError: there are not two of each at least.
+        """
+        if min(len(images), len(references)) < 2:
+            raise ValueError(f"{len(images)} images and {len(references)} references: expected two or more of each.")
         self.metric.reset()
         for pictures, real in ((references, True), (images, False)):
             for start in range(0, len(pictures), _BATCH):
@@ -104,7 +118,10 @@ class _Features(nn.Module):
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         pixels = self.processor(list(pictures.cpu()), return_tensors="pt")["pixel_values"].to(self.model.device)
         see = getattr(self.model, "get_image_features", self.model)
-        return see(pixel_values=pixels).pooler_output
+        features = see(pixel_values=pixels).pooler_output
+        if features is None:
+            raise ValueError("there is no pooler")
+        return features
 
 
 def _load(kind: Any, name: str, what: str) -> Any:

@@ -86,9 +86,8 @@ def test_an_interrupted_cache_goes_on(pipe, tmp_path, monkeypatch, shards):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cache, "_write_tensors", interrupted)
         make_cache(pipe, SHAPES, tmp_path / "parts", count=13)
-    if (tmp_path / "parts" / "cache.json").exists():
-        with pytest.raises(DataError, match="not complete"):
-            CachedData(str(tmp_path / "parts"))
+    with pytest.raises(DataError, match="not complete"):
+        CachedData(str(tmp_path / "parts"))
     make_cache(pipe, SHAPES, tmp_path / "parts", count=13)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert len(files(tmp_path / "whole")) == 4 + 2
@@ -103,6 +102,23 @@ def test_broken_pictures_are_left_out_and_too_many_stop(pipe, tmp_path, folder):
     (folder / "4.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"2 of 10 .*3.png.*allows 1"):
         make_cache(pipe, config, tmp_path / "again")
+    with pytest.raises(DataError, match="allows 1"):  # nor is it complete the second time
+        make_cache(pipe, config, tmp_path / "again")
+
+
+def test_the_empty_caption_is_of_the_same_model(pipe, tmp_path, monkeypatch):
+    """A cache that was interrupted before its first shard already belongs to its model."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "_encode_shard", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        make_cache(pipe, SHAPES, tmp_path / "cache", count=3)
+    with pytest.raises(DataError, match="another dtype"):
+        make_cache(pipe, SHAPES, tmp_path / "cache", count=3, dtype=torch.float32)
+
+
+def test_a_cache_serves_a_run_in_half_precision_that_draws(pipe, distil, tmp_path):
+    make_cache(pipe, SHAPES, tmp_path / "cache", count=3)
+    run = {"mixed_precision": "bf16", "steps": 1, "validation_every": 1, "validation_prompts": [""]}
+    distil(data={"source": "cache", "path": str(tmp_path / "cache")}, run={**run, "validation_steps": 1})
 
 
 def test_a_cache_of_other_things_is_refused(pipe, distil, tmp_path):
@@ -111,8 +127,12 @@ def test_a_cache_of_other_things_is_refused(pipe, distil, tmp_path):
         make_cache(pipe, SHAPES, tmp_path / "cache", count=4, dtype=torch.float32)
     with pytest.raises(DataError, match="another pictures"):
         make_cache(pipe, SHAPES, tmp_path / "cache", count=5)
-    data = {"source": "cache", "path": str(tmp_path / "cache"), "size": None}
+    data = {"source": "cache", "path": str(tmp_path / "cache")}
     distil(data=data, run={"steps": 1})
+    with pytest.raises(DataError, match="another size"):
+        distil(data={**data, "size": None}, run={"output": str(tmp_path / "native")})
+    with pytest.raises(DataError, match="another fit"):
+        distil(data={**data, "fit": "crop"}, run={"output": str(tmp_path / "fit")})
     with pytest.raises(DataError, match="another size"):
         distil(data={**data, "size": 64}, run={"output": str(tmp_path / "size")})
     other = tiny.sd()
@@ -144,7 +164,7 @@ def test_a_full_disk_is_told_and_leaves_no_part(pipe, tmp_path, monkeypatch):
         patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(DataError, match="No space left"):
             make_cache(pipe, SHAPES, tmp_path / "cache", count=3)
-    assert files(tmp_path / "cache") == {}
+    assert files(tmp_path / "cache").keys() == {"cache.json"}
     make_cache(pipe, SHAPES, tmp_path / "cache", count=3)
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["total"] == 3
 

@@ -14,7 +14,7 @@ from diffusion_attn.distill import DataError
 from diffusion_attn.distill.buckets import bucket_shapes, nearest_shape
 from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.data import Order, PictureData, ShapesData, fit_picture, load_batches
-from diffusion_attn.distill.encoding import encode, encode_captions
+from diffusion_attn.distill.encoding import encode, encode_nothing
 from diffusion_attn.distill.sources import FolderPictures, find_pictures
 from tests import tiny
 
@@ -142,19 +142,16 @@ def test_conditions_are_the_pipelines_own(folder):
     dropped = torch.tensor([False, True])
     for pipe in (tiny.sd(), tiny.sdxl()):
         encoded = encode(pipe, samples, torch.device("cpu"))
-        empty = encode_captions(pipe, [""], torch.device("cpu"))
+        empty = encode_nothing(pipe, torch.device("cpu"))
         given = encoded.arguments(dropped, empty)
-        text, _, *pooled = pipe.encode_prompt(
+        text, nothing, *pooled = pipe.encode_prompt(
             samples[0].caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
-        text_of_nothing = pipe.encode_prompt(
-            "", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[0]
-        torch.testing.assert_close(given["encoder_hidden_states"], torch.cat([text, text_of_nothing]))
+        torch.testing.assert_close(given["encoder_hidden_states"], torch.cat([text, nothing]))
     added = given["added_cond_kwargs"]
     height, width = samples[1].original
     assert added["time_ids"][1].tolist() == [height, width, *samples[1].corner, 8, 8]
-    torch.testing.assert_close(added["text_embeds"], torch.cat([pooled[0], empty["text_embeds"]]))
+    torch.testing.assert_close(added["text_embeds"], torch.cat(pooled))
 
 
 @given(
@@ -205,9 +202,40 @@ def test_pictures_of_a_bucket_are_cropped_to_it(folder):
 
 
 def test_a_broken_picture_is_replaced_by_one_of_its_bucket(folder):
+    """Also where no good one has the shape that comes first."""
     config = DataConfig(path=str(folder), fit="bucket")
     (folder / "9.png").write_bytes(b"")
     (folder / "9.txt").write_text("nothing")
-    data = PictureData(find_pictures(config), config, 16, 8, 2)
-    for position in range(0, len(data.order), 2):
-        assert data[position].pixels.shape == data[position + 1].pixels.shape
+    data = PictureData(find_pictures(config), config, 32, 8, 2, quiet=True)
+    samples = [data[position] for position in range(len(data.order))]
+    assert all(one.pixels.shape == other.pixels.shape for one, other in zip(samples[::2], samples[1::2], strict=True))
+    assert sum(bool(sample.broken) for sample in samples) >= 1
+    assert {sample.caption for sample in samples} == {f"number {index}" for index in range(8)}
+
+
+def test_any_damage_is_a_broken_picture(tmp_path):
+    """Every byte of the header, one after the other: what is not read is told, and nothing else is raised."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((16, 16), 50).convert("RGB").save(tmp_path / "0.jpg", exif=exif)
+    content = (tmp_path / "0.jpg").read_bytes()
+    outcomes = set()
+    for fit in ("crop", "bucket"):
+        config = DataConfig(path=str(tmp_path), fit=fit)
+        for place in range(160):
+            (tmp_path / "0.jpg").write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+            try:
+                PictureData(FolderPictures([(tmp_path / "0.jpg", "")]), config, 16, quiet=True).read(0)
+                outcomes.add("read")
+            except DataError:
+                outcomes.add("broken")
+    assert outcomes == {"read", "broken"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_cannot_read_is_one_sentence_here(folder, workers):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError) as told:
+        list(load_batches(data_of(folder), [range(0, 2)], workers))
+    assert str(told.value).startswith("none of 8 pictures") and "Traceback" not in str(told.value)

@@ -23,8 +23,12 @@ def write_tar(path, members, mode="w"):
     with tarfile.open(path, mode) as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+            if content is None:
+                info.type = tarfile.DIRTYPE
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
     return path
 
 
@@ -40,7 +44,16 @@ def entries(**config):
 def tars(tmp_path):
     write_tar(
         tmp_path / "train-0.tar",
-        {"a/0.png": png(10), "a/0.txt": b"ten\n", "a/1.jpg": png(20), "a/1.json": b'{"caption": "twenty"}'},
+        {
+            ".": None,
+            "./a/0.png": png(10),
+            "./a/0.txt": b"ten\n",
+            "a/._0.png": b"left by macOS",
+            "a/1.jpg": png(20),
+            "a/1.json": b'{"caption": "twenty"}',
+            "a/5.png": png(60),
+            "a/5.json": b'{"caption": null}',
+        },
     )
     write_tar(tmp_path / "train-1.tar", {"2.seg.png": png(1), "2.png": png(30), "2.txt": b"thirty", "3.png": png(40)})
     write_tar(tmp_path / "other.tar", {"4.png": png(50), "4.txt": b"fifty"})
@@ -119,6 +132,17 @@ def test_datasets_with_several_captions_a_picture(dataset, tmp_path):
     assert find_pictures(DataConfig(path=str(tmp_path / "several"), **HUB)).caption(0) == "first"
 
 
+def test_rows_without_a_caption_are_left_out_and_those_without_a_picture_are_broken(dataset, tmp_path):
+    picture, words = [None, {"bytes": png(10), "path": None}, None], ["a", None, "b"]
+    rows = dataset.from_dict({"picture": picture, "words": words}, features=dataset.features)
+    rows.save_to_disk(tmp_path / "gaps")
+    config = DataConfig(path=str(tmp_path / "gaps"), **HUB)
+    pictures = find_pictures(config)
+    assert [pictures.caption(i) for i in range(len(pictures))] == ["a", "b"]
+    with pytest.raises(DataError, match="none of 2"):
+        PictureData(pictures, config, 8)[0]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [({"caption_column": "text"}, "'text'"), ({"image_column": "image"}, "'image'"), ({"path": "nobody/none"}, "none")],
@@ -132,6 +156,20 @@ def test_datasets_that_cannot_be_used(dataset, tmp_path, change, expected):
 def test_tars_and_caches_are_named_where_a_folder_has_no_pictures(tars):
     with pytest.raises(DataError, match=r"--data\.source"):
         find_pictures(DataConfig(path=str(tars)))
+
+
+def test_texts_that_are_no_text(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(10))
+    (tmp_path / "0.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"0\.txt' is not UTF-8"):
+        entries(path=str(tmp_path))
+
+
+def test_captions_that_are_null_are_left_out(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(10))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": null}')
+    with pytest.raises(DataError, match="no pictures with captions"):
+        entries(path=str(tmp_path))
 
 
 def test_captions_under_another_name(tmp_path):

@@ -107,6 +107,37 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(distil):
         distil(run={"resume": True}, optim={"lr": 0.5})
 
 
+def test_what_changes_rounding_only_may_change(distil):
+    distil()
+    distil(run={"resume": True, "steps": 8}, optim={"micro_batch": 2})
+
+
+def test_a_run_goes_on_with_the_same_pictures_only(distil, tmp_path):
+    for name in ("one", "same", "more"):
+        for index in range(4 if name == "more" else 3):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / name / f"{index}.png")
+            (tmp_path / name / f"{index}.txt").write_text(f"number {index}")
+    distil(data={"source": "folder", "path": str(tmp_path / "one")})
+    distil(data={"source": "folder", "path": str(tmp_path / "same")}, run={"resume": True, "steps": 8})
+    with pytest.raises(ConfigError, match=r"contents\.data"):
+        distil(data={"source": "folder", "path": str(tmp_path / "more")}, run={"resume": True, "steps": 8})
+
+
+def test_files_of_others_among_the_checkpoints_are_left_alone(distil, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-000000001-best").mkdir(parents=True)
+    (folder / ".DS_Store").write_text("")
+    distil(run={"resume": True})
+    assert (folder / ".DS_Store").exists() and (folder / "step-000000001-best").exists()
+
+
+def test_weights_of_another_model_are_told_before_the_first_step(distil, tmp_path):
+    da.LinFusion.for_model(tiny.sdxl().unet).save_pretrained(tmp_path / "other")
+    with pytest.raises(da.CheckpointFormatError, match="weights are for"):
+        distil(method={"weights": str(tmp_path / "other")})
+
+
 def test_no_checkpoint_is_half_there(distil, tmp_path):
     """What a run leaves that is killed while it writes is swept up, and never resumed from."""
     part = tmp_path / "run" / "checkpoints" / ".part-step-000000009"
@@ -140,9 +171,9 @@ def test_a_damaged_checkpoint_is_told(distil, tmp_path):
 
 
 def test_an_optimiser_that_is_not_installed(distil, monkeypatch):
-    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install prodigyopt"):
-        distil(optim={"name": "prodigy", "lr": 1.0})
+        distil(optim={"name": "prodigy", "lr": 1.0}, model={"name": "nowhere"})
 
 
 def test_accumulation_is_the_whole_batch(distil, tmp_path):
