@@ -311,6 +311,10 @@ QUALITY: dict[str, Change] = {
     "RAU-Net": lambda pipe: da.using(pipe, da.HiDiffusion(window_attention=False)),
     "windows": lambda pipe: da.using(pipe, da.HiDiffusion(raunet=False)),
     "both": lambda pipe: da.using(pipe, da.HiDiffusion()),
+    "LinFusion": lambda pipe: da.using(pipe, da.LinFusion.for_pipeline(pipe)),
+    "RAU-Net + LinFusion": lambda pipe: da.using(
+        pipe, da.LinFusion.for_pipeline(pipe), da.HiDiffusion(window_attention=False)
+    ),
     "deep shrink": lambda pipe: common.deep_shrink(pipe.unet),
     "deep shrink by 4": lambda pipe: common.deep_shrink(pipe.unet, factor=4),
 }
@@ -318,8 +322,8 @@ QUALITY: dict[str, Change] = {
 
 
 def is_compared(size: int, variant: str) -> bool:
-    """At the native size only the plain model, as what to live up to."""
-    return size >= (4 if variant == "deep shrink by 4" else 1 if variant == "plain" else 2)
+    """At the native size only what is meant for it: the plain model, as what to live up to, and LinFusion."""
+    return size >= (4 if variant == "deep shrink by 4" else 1 if variant in ("plain", "LinFusion") else 2)
 
 
 # ---- page

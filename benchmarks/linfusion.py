@@ -209,6 +209,7 @@ def step_table(section: dict[str, Any]) -> str:
 QUALITY: oracle.Variants = {
     "plain": lambda pipe: nullcontext(),
     "LinFusion, not distilled": lambda pipe: da.using(pipe, da.LinFusion.for_model(pipe.unet)),
+    "LinFusion": lambda pipe: da.using(pipe, da.LinFusion.for_pipeline(pipe)),
 }
 
 # ---- page

@@ -98,6 +98,8 @@ def picture_row(
 def quality(args: argparse.Namespace, variants: Variants, applies: Applies = lambda size, name: True) -> dict[str, Any]:
     """Fill the oracle's table row by row; what an earlier run with the same settings finished is kept.
 
+    Several runs may fill one table at a time, each with some of ``--variants`` or ``--sizes``.
+
     Raises:
         SystemExit: there are rows, and they were made with other settings.
     """
@@ -119,11 +121,13 @@ def quality(args: argparse.Namespace, variants: Variants, applies: Applies = lam
                 "on, another --output, or --restart to drop those rows."
             )
     section = {**here, "settings": settings, "rows": [], **before}
-    done = {(row["size"], row["variant"]) for row in section["rows"]}
+    common.write_section(args.output, "quality", section)
     for size, variant in rows(args, applies):
-        if (size, variant) in done:
+        if any((row["size"], row["variant"]) == (size, variant) for row in section["rows"]):
             continue
-        section["rows"].append(picture_row(args, pipe, size, variant, variants))
+        row = picture_row(args, pipe, size, variant, variants)
+        section = common.read_results(args.output)["quality"]
+        section["rows"].append(row)
         section["rows"].sort(key=lambda row: (row["size"], list(variants).index(row["variant"])))
         section["commands"] = list(dict.fromkeys([*section["commands"], *here["commands"]]))
         common.write_section(args.output, "quality", section)

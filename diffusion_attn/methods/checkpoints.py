@@ -14,11 +14,16 @@ import torch
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
 
 
+EMBEDDED = Path(__file__).parents[1] / "shapes" / "models"
+"""Weights for embedded models, one folder each."""
+
+
 def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
-    """The file ``name`` of a local folder or a Hub repository, which is downloaded if it is not in the cache.
+    """The file ``name`` of a local folder, of weights that come with the package, or of a Hub repository.
 
     Args:
-        id_or_folder: a folder, or a Hub id of the form ``owner/name``.
+        id_or_folder: a folder, the name of embedded weights, or a Hub id of the form ``owner/name``, whose file is
+            downloaded if it is not in the cache.
         hub: passed to ``huggingface_hub.hf_hub_download``: ``revision``, ``token``, ``cache_dir``, ...
 
     Raises:
@@ -34,6 +39,8 @@ def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
             f"unknown options {unknown}: expected those of huggingface_hub.hf_hub_download; leave them out."
         )
     folder = Path(id_or_folder).expanduser()
+    if not folder.is_dir() and (EMBEDDED / folder).is_dir():
+        folder = EMBEDDED / folder
     if folder.is_dir():
         if not (folder / name).is_file():
             raise CheckpointFormatError(

@@ -147,8 +147,9 @@ BASES = (
     Base("Stable Diffusion 1.x", "Yuanshi/LinFusion-1-5", 16, 768, frozenset({(320, 8), (640, 8), (1280, 8)})),
     Base("Stable Diffusion 2.x", "Yuanshi/LinFusion-2-1", 16, 1024, frozenset({(320, 5), (640, 10), (1280, 20)})),
     Base("Stable Diffusion XL", "Yuanshi/LinFusion-XL", 70, 2048, frozenset({(640, 10), (1280, 20)})),
+    Base("shapes-sd", "shapes-linfusion", 10, 128, frozenset({(48, 4), (96, 4)})),
 )
-"""The published checkpoints."""
+"""The published checkpoints, and the embedded one."""
 
 
 def describe_layers(layers: Iterable[LayerConfig]) -> str:
