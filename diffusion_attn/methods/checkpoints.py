@@ -13,7 +13,6 @@ import torch
 
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
 
-
 EMBEDDED = Path(__file__).parents[1] / "shapes" / "models"
 """Weights for embedded models, one folder each."""
 
