@@ -1,0 +1,152 @@
+"""Local attention by compiled FlexAttention: tokens in tiles, and a block mask that is made from geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from diffusion_attn.ops.local_rule import Disc
+
+QUERY_TILE, KEY_TILE = (8, 16), (8, 8)
+"""Rows and columns of the queries and keys of one block; a query tile is two key tiles side by side."""
+
+_FAR = 2**14  # rows that a slot without a token is away
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens go, and which blocks see each other.
+
+    Attributes:
+        order: ``(slots,)`` long, the image token in each slot, tile after tile; slots without one repeat token 0.
+        place: ``(tokens,)`` long, the slot of each image token.
+        seen: keys that all queries see, after the slots, filled up to whole blocks.
+        mask: FlexAttention's block mask.
+    """
+
+    order: torch.Tensor
+    place: torch.Tensor
+    seen: int
+    mask: Any
+
+
+def attend_flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen_k: torch.Tensor,
+    seen_v: torch.Tensor,
+    disc: Disc,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of image queries over keys that all of them see, and over the image keys of their disc.
+
+    Args:
+        q, k, v: ``(batch, heads, height * width, head_dim)`` in raster order.
+        seen_k, seen_v: ``(batch, heads, seen, head_dim)``.
+        disc: the rule.
+        scale: of the scores; by default ``head_dim ** -0.5``.
+
+    Returns:
+        As ``q``.
+
+    Raises:
+        RuntimeError: gradients on a CPU, which has none of it.
+    """
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError("backend='flex' has no gradients on a CPU; use backend='tiles', which does the same.")
+    layout = plan_blocks(disc, seen_k.shape[2], q.device)
+    fill = (0, 0, 0, layout.seen - seen_k.shape[2])
+    keys = torch.cat([k.index_select(2, layout.order), F.pad(seen_k, fill)], dim=2)
+    values = torch.cat([v.index_select(2, layout.order), F.pad(seen_v, fill)], dim=2)
+    out = _compiled()(q.index_select(2, layout.order), keys, values, block_mask=layout.mask, scale=scale)
+    return out.index_select(2, layout.place)
+
+
+@cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    """One function for all layers and sizes: what differs between them are captured tensors."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=16)
+def plan_blocks(disc: Disc, seen: int, device: torch.device) -> Layout:
+    """The layout of a grid with ``seen`` keys for everybody; never looks at pairs of tokens."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    (height, width), (rows, columns) = disc.grid, KEY_TILE
+    down, across = -(-height // QUERY_TILE[0]), -(-width // QUERY_TILE[1]) * (QUERY_TILE[1] // columns)
+    lattice = (
+        torch.arange(down * rows * across * columns).reshape(down, rows, across, columns).transpose(1, 2).flatten()
+    )
+    y, x = lattice // (across * columns), lattice % (across * columns)
+    real = (y < height) & (x < width)
+    order = torch.where(real, y * width + x, 0)
+    place = torch.empty(height * width, dtype=torch.long)
+    place[order[real]] = torch.nonzero(real)[:, 0]
+
+    block = rows * columns
+    padded = -(-seen // block) * block
+    visited, full = visited_blocks(disc, down, across)
+    in_reach = torch.arange(padded).reshape(-1, block) < seen
+    whole = torch.ones(len(visited), 1, dtype=torch.bool)
+    visited = torch.cat([visited, whole & in_reach.any(1)], dim=1)
+    full = torch.cat([full, whole & in_reach.all(1)], dim=1)
+
+    key_y = torch.cat([torch.where(real, y, _FAR), torch.full((padded,), _FAR)]).to(device, torch.int32)
+    key_x = torch.cat([x, torch.zeros(padded, dtype=torch.long)]).to(device, torch.int32)
+    query_y, query_x = y.to(device, torch.int32), x.to(device, torch.int32)
+    everybody = torch.cat([torch.zeros(len(y), dtype=torch.bool), in_reach.flatten()]).to(device)
+    square = disc.radius**2
+
+    def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        dy, dx = query_y[query] - key_y[key], query_x[query] - key_x[key]
+        return everybody[key] | (dy * dy + dx * dx < square)
+
+    partial_blocks, full_blocks = (_as_blocks(x.to(device)) for x in (visited & ~full, full))
+    size = (QUERY_TILE[0] * QUERY_TILE[1], block)
+    lengths = (len(y), len(y) + padded)
+    mask = BlockMask.from_kv_blocks(*partial_blocks, *full_blocks, BLOCK_SIZE=size, mask_mod=sees, seq_lengths=lengths)
+    return Layout(order.to(device), place.to(device), padded, mask)
+
+
+def visited_blocks(disc: Disc, down: int, across: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which key tiles any query of a tile sees, and which all of them see whole: ``(query tiles, key tiles)`` bool.
+
+    Args:
+        disc: the rule.
+        down, across: numbers of key tiles, which may go beyond the grid.
+    """
+    axes = []
+    for count, query, key, side in zip((down, across), QUERY_TILE, KEY_TILE, disc.grid, strict=True):
+        starts = torch.arange(0, count * key, query)[:, None]
+        keys = torch.arange(0, count * key, key)
+        last_query, last_key = starts + query - 1, (keys + key - 1).clamp(max=side - 1)
+        gap = torch.maximum(keys - last_query, starts - last_key).clamp(min=0)
+        farthest = torch.maximum(last_key - starts, last_query - keys)
+        there = (keys < side).expand_as(gap)
+        axes.append((gap, farthest, there, (keys + key <= side).expand_as(gap)))
+    (gap_y, far_y, there_y, whole_y), (gap_x, far_x, there_x, whole_x) = axes
+
+    def pair(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of tiles against columns of tiles."""
+        return one[:, None, :, None], other[None, :, None, :]
+
+    exists, is_whole = pair(there_y, there_x), pair(whole_y, whole_x)
+    visited = disc.sees(*pair(gap_y, gap_x)) & exists[0] & exists[1]
+    full = visited & disc.sees(*pair(far_y, far_x)) & is_whole[0] & is_whole[1]
+    return visited.flatten(2).flatten(0, 1), full.flatten(2).flatten(0, 1)
+
+
+def _as_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(query blocks, key blocks)`` bool as FlexAttention's counts and indices, for one batch and head."""
+    counts = blocks.sum(dim=1, dtype=torch.int32)
+    indices = torch.argsort(blocks.int(), dim=1, descending=True, stable=True).int()
+    return counts[None, None], indices[None, None]

@@ -1,0 +1,136 @@
+"""Local attention tile by tile: a few queries that lie together over the keys around them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from diffusion_attn.ops.local_rule import Disc
+
+TILE = (8, 16)
+"""Rows and columns of queries that share their keys; with a radius of 16 or more as good as 16 x 16."""
+
+_ELEMENTS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
+"""Most numbers of gathered keys: on a CPU what a few tiles have, so that they stay in its cache."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of one shape whose keys lie around them in the same way, so that one mask serves them all.
+
+    Attributes:
+        queries: ``(tiles, queries)`` long, positions in raster order.
+        starts: ``(tiles,)`` long, position of the first token of the window around each tile.
+        offsets: ``(keys,)`` long, what to add to a start for the keys that any query of the tile sees.
+        mask: ``(queries, keys)`` bool, or ``None`` where all is seen.
+    """
+
+    queries: torch.Tensor
+    starts: torch.Tensor
+    offsets: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@lru_cache(maxsize=32)
+def plan_tiles(disc: Disc, device: torch.device, tile: tuple[int, int] = TILE) -> tuple[list[Tiles], torch.Tensor]:
+    """The tiles of a grid, and ``(tokens,)`` where each token of the grid is in their order."""
+    (height, width), reach = disc.grid, disc.radius - 1
+    window = tuple(min(side, span + 2 * reach) for side, span in zip(disc.grid, tile, strict=True))
+    alike: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+    for top in range(0, height, tile[0]):
+        for left in range(0, width, tile[1]):
+            shape = min(tile[0], height - top), min(tile[1], width - left)
+            first = [
+                max(0, min(start - reach, side - span))
+                for start, side, span in zip((top, left), disc.grid, window, strict=True)
+            ]
+            alike[(*shape, top - first[0], left - first[1])].append((top, left))
+    groups = [_group(disc, key, places, window) for key, places in alike.items()]
+    order = torch.cat([group.queries.flatten() for group in groups])
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    moved = [
+        Tiles(
+            group.queries.to(device),
+            group.starts.to(device),
+            group.offsets.to(device),
+            None if group.mask is None else group.mask.to(device),
+        )
+        for group in groups
+    ]
+    return moved, place.to(device)
+
+
+def _group(disc: Disc, key: tuple[int, ...], places: list[tuple[int, int]], window: tuple[int, ...]) -> Tiles:
+    rows, columns, down, right = key  # the tile's shape, and where it is in its window
+    width = disc.grid[1]
+    y, x = _lattice(rows, columns)
+    key_y, key_x = _lattice(*window)
+    mask = disc.sees((y + down)[:, None] - key_y, (x + right)[:, None] - key_x)
+    kept = mask.any(dim=0)  # the corners of the window are out of reach
+    starts = torch.tensor([top * width + left for top, left in places])
+    return Tiles(
+        starts[:, None] + y * width + x,
+        starts - (down * width + right),
+        (key_y * width + key_x)[kept],
+        None if mask[:, kept].all() else mask[:, kept],
+    )
+
+
+def _lattice(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    index = torch.arange(rows * columns)
+    return index // columns, index % columns
+
+
+def attend_tiles(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen_k: torch.Tensor,
+    seen_v: torch.Tensor,
+    disc: Disc,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of image queries over keys that all of them see, and over the image keys of their disc.
+
+    Args:
+        q, k, v: ``(batch, heads, height * width, head_dim)`` in raster order.
+        seen_k, seen_v: ``(batch, heads, seen, head_dim)``.
+        disc: the rule.
+        scale: of the scores; by default ``head_dim ** -0.5``.
+
+    Returns:
+        As ``q``.
+    """
+    groups, place = plan_tiles(disc, q.device)
+    batch, heads, _, dim = q.shape
+    budget = _ELEMENTS_AT_ONCE.get(q.device.type, _ELEMENTS_AT_ONCE["cpu"])
+    parts = []
+    for group in groups:
+        seen = seen_k.shape[2]
+        mask = None if group.mask is None else F.pad(group.mask, (seen, 0), value=True)
+        count = max(1, budget // (batch * heads * dim * (seen + len(group.offsets))))
+        for queries, starts in zip(group.queries.split(count), group.starts.split(count), strict=True):
+            keys = starts[:, None] + group.offsets
+            out = F.scaled_dot_product_attention(
+                _gather(q, queries), _around(k, keys, seen_k), _around(v, keys, seen_v), attn_mask=mask, scale=scale
+            )
+            parts.append(out.unflatten(0, (batch, heads)).flatten(2, 3))
+    return torch.cat(parts, dim=2).index_select(2, place)
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``(batch * heads, tiles, tokens, head_dim)`` of the tokens ``index``, ``(tiles, tokens)``."""
+    return x.index_select(2, index.flatten()).unflatten(2, index.shape).flatten(0, 1)
+
+
+def _around(x: torch.Tensor, index: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """`_gather`, with the tokens that all tiles see before each tile's own."""
+    gathered = _gather(x, index)
+    if not seen.shape[2]:
+        return gathered
+    shared = seen.flatten(0, 1)[:, None].expand(-1, len(index), -1, -1)
+    return torch.cat([shared, gathered], dim=2)
