@@ -15,9 +15,6 @@ from diffusion_attn.ops.local_tiles import attend_tiles
 
 Backend = Literal["auto", "reference", "tiles", "flex"]
 
-DENSE_TOKENS = 1500
-"""Image tokens up to which one dense call with a mask is as fast as tiles."""
-
 
 def local_attention(
     q: torch.Tensor,
@@ -46,7 +43,7 @@ def local_attention(
         scale: of the scores; by default ``head_dim ** -0.5``.
         backend: ``"reference"``, one call with a dense mask; ``"tiles"``, a call per few tiles of queries over the keys
             around them, on any device and differentiable; ``"flex"``, compiled FlexAttention, no gradients on a CPU;
-            ``"auto"``, whichever of them is fast for this grid and device.
+            ``"auto"``, flex on CUDA, else tiles.
 
     Returns:
         As ``q``.
@@ -65,7 +62,7 @@ def local_attention(
     seen_k, seen_v = k[:, :, :text_tokens], v[:, :, :text_tokens]
     if pooled_key is not None and pooled_value is not None:
         seen_k, seen_v = torch.cat([seen_k, pooled_key], dim=2), torch.cat([seen_v, pooled_value], dim=2)
-    chosen = choose_backend(disc, q) if backend == "auto" else backend
+    chosen = choose_backend(q.device) if backend == "auto" else backend
     attend = {"reference": _attend_dense, "tiles": attend_tiles, "flex": attend_flex}[chosen]
     image = attend(q[:, :, text_tokens:], image_k, image_v, seen_k, seen_v, disc, scale)
     if not text_tokens:
@@ -89,11 +86,9 @@ def _attend_dense(
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
 
 
-def choose_backend(disc: Disc, q: torch.Tensor) -> Backend:
-    """The backend that is fast for a rule and the device of ``q``."""
-    if disc.grid[0] * disc.grid[1] <= DENSE_TOKENS or 2 * disc.radius >= max(disc.grid):
-        return "reference"
-    compiles = q.is_cuda and find_spec("triton") is not None and not torch.compiler.is_compiling()
+def choose_backend(device: torch.device) -> Backend:
+    """What is fast on a device; a dense mask never is, not even on grids that a disc nearly covers."""
+    compiles = device.type == "cuda" and find_spec("triton") is not None and not torch.compiler.is_compiling()
     return "flex" if compiles else "tiles"
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import diffusion_attn as da
-from diffusion_attn.ops.local_attention import DENSE_TOKENS, choose_backend
 from diffusion_attn.ops.local_flex import KEY_TILE, QUERY_TILE, plan_blocks, visited_blocks
 from diffusion_attn.ops.local_rule import Disc
 from diffusion_attn.ops.local_tiles import plan_tiles
@@ -199,15 +198,6 @@ def test_half_precision(dtype):
     )
     assert half.dtype == dtype
     torch.testing.assert_close(half.double(), reference(q, k, v, (20, 33), 7, 3), atol=0.03, rtol=0.02)
-
-
-def test_auto_is_dense_where_that_is_little_work_and_tiles_elsewhere():
-    side, q = int(DENSE_TOKENS**0.5), torch.zeros(1)
-    chosen = [
-        choose_backend(Disc(grid, radius), q)
-        for grid, radius in (((side, side), 4), ((side + 1, side + 1), 4), ((64, 64), 32), ((64, 70), 32))
-    ]
-    assert chosen == ["reference", "tiles", "reference", "tiles"]
 
 
 def test_flex_says_that_it_has_no_gradients_on_a_cpu():
