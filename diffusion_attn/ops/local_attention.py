@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -54,7 +55,7 @@ def local_attention(
         RuntimeError: gradients of ``"flex"`` on a CPU, which has none.
     """
     _check(q, k, v, grid, radius, text_tokens, pooled_key, pooled_value, backend)
-    disc = Disc(grid, radius)
+    disc = Disc((int(grid[0]), int(grid[1])), int(radius))
     if disc.covers and pooled_key is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
@@ -62,8 +63,8 @@ def local_attention(
     seen_k, seen_v = k[:, :, :text_tokens], v[:, :, :text_tokens]
     if pooled_key is not None and pooled_value is not None:
         seen_k, seen_v = torch.cat([seen_k, pooled_key], dim=2), torch.cat([seen_v, pooled_value], dim=2)
-    chosen = choose_backend(q.device) if backend == "auto" else backend
-    attend = {"reference": _attend_dense, "tiles": attend_tiles, "flex": attend_flex}[chosen]
+    chosen = choose_backend(q) if backend == "auto" else backend
+    attend = _attend_dense if disc.covers else _BACKENDS[chosen]
     image = attend(q[:, :, text_tokens:], image_k, image_v, seen_k, seen_v, disc, scale)
     if not text_tokens:
         return image
@@ -81,15 +82,24 @@ def _attend_dense(
     scale: float | None,
 ) -> torch.Tensor:
     """Image queries over ``seen`` keys and the disc's, under a mask of all pairs."""
-    mask = F.pad(disc.mask(q.device), (seen_k.shape[2], 0), value=True)
+    mask = None if disc.covers else F.pad(disc.mask(q.device), (seen_k.shape[2], 0), value=True)
     keys, values = torch.cat([seen_k, k], dim=2), torch.cat([seen_v, v], dim=2)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
 
 
-def choose_backend(device: torch.device) -> Backend:
-    """What is fast on a device; a dense mask never is, not even on grids that a disc nearly covers."""
-    compiles = device.type == "cuda" and find_spec("triton") is not None and not torch.compiler.is_compiling()
-    return "flex" if compiles else "tiles"
+def choose_backend(q: torch.Tensor) -> Backend:
+    """What is fast for ``q``; a dense mask never is, not even on grids that a disc nearly covers."""
+    if torch.compiler.is_compiling() or not q.is_cuda:
+        return "tiles"
+    served = q.dtype in (torch.float32, torch.float16, torch.bfloat16) and q.shape[-1] >= 16
+    return "flex" if served and find_spec("triton") is not None else "tiles"
+
+
+_BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "reference": _attend_dense,
+    "tiles": attend_tiles,
+    "flex": attend_flex,
+}
 
 
 def _check(

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from diffusion_attn.ops.local_rule import Disc
 
-QUERY_TILE, KEY_TILE = (8, 16), (8, 8)
-"""Rows and columns of the queries and keys of one block; a query tile is two key tiles side by side."""
+TILE = (8, 16)
+"""Rows and columns of the queries, and of the keys, of one block.
+
+Keys of 8 x 8 would be a fifth fewer, but the kernels' backward passes want blocks of 128.
+"""
 
 _FAR = 2**14  # rows that a slot without a token is away
 
@@ -64,25 +67,33 @@ def attend_flex(
     fill = (0, 0, 0, layout.seen - seen_k.shape[2])
     keys = torch.cat([k.index_select(2, layout.order), F.pad(seen_k, fill)], dim=2)
     values = torch.cat([v.index_select(2, layout.order), F.pad(seen_v, fill)], dim=2)
-    out = _compiled()(q.index_select(2, layout.order), keys, values, block_mask=layout.mask, scale=scale)
+    out = _compiled()(q.index_select(2, layout.order), keys, values, layout.mask, scale)
     return out.index_select(2, layout.place)
 
 
 @cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    """One function for all layers and sizes: what differs between them are captured tensors."""
+    """One function for all layers; it is compiled again for other shapes, scales and dtypes.
+
+    In full: past dynamo's limit of recompilations it raises rather than computing all pairs.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float | None) -> torch.Tensor:
+        return cast(torch.Tensor, flex_attention(q, k, v, block_mask=mask, scale=scale))
+
+    return torch.compile(attend, dynamic=False, fullgraph=True)
 
 
-@lru_cache(maxsize=16)
+@torch.compiler.disable
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # or no gradient could ever pass through a layout that was made inside it
 def plan_blocks(disc: Disc, seen: int, device: torch.device) -> Layout:
     """The layout of a grid with ``seen`` keys for everybody; never looks at pairs of tokens."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    (height, width), (rows, columns) = disc.grid, KEY_TILE
-    down, across = -(-height // QUERY_TILE[0]), -(-width // QUERY_TILE[1]) * (QUERY_TILE[1] // columns)
+    (height, width), (rows, columns) = disc.grid, TILE
+    down, across = -(-height // rows), -(-width // columns)
     lattice = (
         torch.arange(down * rows * across * columns).reshape(down, rows, across, columns).transpose(1, 2).flatten()
     )
@@ -104,35 +115,36 @@ def plan_blocks(disc: Disc, seen: int, device: torch.device) -> Layout:
     key_x = torch.cat([x, torch.zeros(padded, dtype=torch.long)]).to(device, torch.int32)
     query_y, query_x = y.to(device, torch.int32), x.to(device, torch.int32)
     everybody = torch.cat([torch.zeros(len(y), dtype=torch.bool), in_reach.flatten()]).to(device)
-    square = disc.radius**2
+    square = torch.tensor(disc.radius**2, dtype=torch.int32, device=device)
 
     def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
         dy, dx = query_y[query] - key_y[key], query_x[query] - key_x[key]
         return everybody[key] | (dy * dy + dx * dx < square)
 
     partial_blocks, full_blocks = (_as_blocks(x.to(device)) for x in (visited & ~full, full))
-    size = (QUERY_TILE[0] * QUERY_TILE[1], block)
     lengths = (len(y), len(y) + padded)
-    mask = BlockMask.from_kv_blocks(*partial_blocks, *full_blocks, BLOCK_SIZE=size, mask_mod=sees, seq_lengths=lengths)
+    mask = BlockMask.from_kv_blocks(
+        *partial_blocks, *full_blocks, BLOCK_SIZE=(block, block), mask_mod=sees, seq_lengths=lengths
+    )
     return Layout(order.to(device), place.to(device), padded, mask)
 
 
 def visited_blocks(disc: Disc, down: int, across: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which key tiles any query of a tile sees, and which all of them see whole: ``(query tiles, key tiles)`` bool.
+    """Which tiles any query of a tile sees, and which all of them see whole: ``(query tiles, key tiles)`` bool.
 
     Args:
         disc: the rule.
-        down, across: numbers of key tiles, which may go beyond the grid.
+        down, across: numbers of tiles, which may go beyond the grid.
     """
     axes = []
-    for count, query, key, side in zip((down, across), QUERY_TILE, KEY_TILE, disc.grid, strict=True):
-        starts = torch.arange(0, count * key, query)[:, None]
-        keys = torch.arange(0, count * key, key)
-        last_query, last_key = starts + query - 1, (keys + key - 1).clamp(max=side - 1)
+    for count, span, side in zip((down, across), TILE, disc.grid, strict=True):
+        keys = torch.arange(0, count * span, span)
+        starts = keys[:, None]
+        last_query, last_key = starts + span - 1, (keys + span - 1).clamp(max=side - 1)
         gap = torch.maximum(keys - last_query, starts - last_key).clamp(min=0)
         farthest = torch.maximum(last_key - starts, last_query - keys)
         there = (keys < side).expand_as(gap)
-        axes.append((gap, farthest, there, (keys + key <= side).expand_as(gap)))
+        axes.append((gap, farthest, there, (keys + span <= side).expand_as(gap)))
     (gap_y, far_y, there_y, whole_y), (gap_x, far_x, there_x, whole_x) = axes
 
     def pair(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

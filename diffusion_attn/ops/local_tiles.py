@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from diffusion_attn.ops.local_rule import Disc
 
 TILE = (8, 16)
 """Rows and columns of queries that share their keys; with a radius of 16 or more as good as 16 x 16."""
+
+_ROWS_AT_ONCE = 1024
+"""Queries of one call where windows are the whole grid."""
 
 _ELEMENTS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
 """Most numbers of gathered keys: on a CPU what a few tiles have, so that they stay in its cache."""
@@ -35,11 +41,13 @@ class Tiles:
     mask: torch.Tensor | None
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # or no gradient could ever pass through a plan that was made inside it
 def plan_tiles(disc: Disc, device: torch.device, tile: tuple[int, int] = TILE) -> tuple[list[Tiles], torch.Tensor]:
     """The tiles of a grid, and ``(tokens,)`` where each token of the grid is in their order."""
     (height, width), reach = disc.grid, disc.radius - 1
-    window = tuple(min(side, span + 2 * reach) for side, span in zip(disc.grid, tile, strict=True))
+    window = window_of(disc, tile)
     alike: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
     for top in range(0, height, tile[0]):
         for left in range(0, width, tile[1]):
@@ -105,6 +113,11 @@ def attend_tiles(
     Returns:
         As ``q``.
     """
+    attend = _attend_recomputed if torch.is_grad_enabled() else _attend
+    if window_of(disc) == disc.grid:
+        keys, values = torch.cat([seen_k, k], dim=2), torch.cat([seen_v, v], dim=2)
+        rows = torch.arange(q.shape[2], device=q.device).split(_ROWS_AT_ONCE)
+        return torch.cat([attend(_rows, q, keys, values, index, disc, scale) for index in rows], dim=2)
     groups, place = plan_tiles(disc, q.device)
     batch, heads, _, dim = q.shape
     budget = _ELEMENTS_AT_ONCE.get(q.device.type, _ELEMENTS_AT_ONCE["cpu"])
@@ -115,11 +128,52 @@ def attend_tiles(
         count = max(1, budget // (batch * heads * dim * (seen + len(group.offsets))))
         for queries, starts in zip(group.queries.split(count), group.starts.split(count), strict=True):
             keys = starts[:, None] + group.offsets
-            out = F.scaled_dot_product_attention(
-                _gather(q, queries), _around(k, keys, seen_k), _around(v, keys, seen_v), attn_mask=mask, scale=scale
-            )
-            parts.append(out.unflatten(0, (batch, heads)).flatten(2, 3))
+            parts.append(attend(_tiles, q, k, v, seen_k, seen_v, queries, keys, mask, scale))
     return torch.cat(parts, dim=2).index_select(2, place)
+
+
+def _attend(attend: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    return attend(*args)
+
+
+def _attend_recomputed(attend: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Without keeping what was gathered for the backward pass: that is many times the keys and values themselves."""
+    return cast(torch.Tensor, checkpoint(attend, *args, use_reentrant=False))
+
+
+def _tiles(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen_k: torch.Tensor,
+    seen_v: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """A few tiles: ``queries`` and ``keys`` are ``(tiles, tokens)`` positions."""
+    out = F.scaled_dot_product_attention(
+        _gather(q, queries), _around(k, keys, seen_k), _around(v, keys, seen_v), attn_mask=mask, scale=scale
+    )
+    return out.unflatten(0, q.shape[:2]).flatten(2, 3)
+
+
+def _rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor, disc: Disc, scale: float | None
+) -> torch.Tensor:
+    """Queries ``index`` where every tile's window is the whole grid: nothing to gather, and a mask of their own."""
+    width, tokens = disc.grid[1], disc.grid[0] * disc.grid[1]
+    key = torch.arange(tokens, device=q.device)
+    mask = disc.sees(index[:, None] // width - key // width, index[:, None] % width - key % width)
+    mask = F.pad(mask, (k.shape[2] - tokens, 0), value=True)
+    return F.scaled_dot_product_attention(q[:, :, index], k, v, attn_mask=mask, scale=scale)
+
+
+def window_of(disc: Disc, tile: tuple[int, int] = TILE) -> tuple[int, int]:
+    """Height and width of the window of keys around a tile, in tokens."""
+    height, width = (min(side, span + 2 * (disc.radius - 1)) for side, span in zip(disc.grid, tile, strict=True))
+    return height, width
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
