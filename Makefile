@@ -8,7 +8,7 @@ PROMPT ?= a large red star above a blue ring on a white background
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.base
-	$(BIN)/diffusion-attn generate "$(PROMPT)" --method hidiffusion --size 128 --num-images 3 --compare --output outputs/demo
+	$(BIN)/diffusion-attn generate "$(PROMPT)" --method hidiffusion --hidiffusion.window_attention false --size 128 --num-images 3 --compare --output outputs/demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2

@@ -157,7 +157,9 @@ SECTION = Section(
     "What an oracle reads from the pictures",
     "Pictures of held-out captions by the embedded model, at multiples of the size it was trained at, the same seeds "
     "for every variant. *Exact*: the picture shows what was asked and nothing else. *Extra* and *missing* count "
-    "objects against the caption, *wrong colour* and *wrong shape* those that agree with it in only the other. This is "
-    "a model of coloured shapes: evidence about a mechanism, not about photographs.",
+    "objects against the caption, *wrong colour* and *wrong shape* those that agree with it in only the other; objects "
+    "that touch are read as one, and the picture then as not readable. Seconds are of rows drawn one after the other, "
+    "whatever else the machine did. This is a model of coloured shapes: evidence about a mechanism, not about "
+    "photographs.",
     quality_table,
 )
