@@ -18,7 +18,7 @@ from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.data import Order, PictureData, Sample, ShapesData
 from diffusion_attn.distill.encoding import Encoded, encode, encode_nothing, fingerprint
 from diffusion_attn.distill.sources import DataError, find_pictures
-from diffusion_attn.distill.teacher import native_size, size_step
+from diffusion_attn.distill.teacher import size_step, training_size
 from diffusion_attn.methods.checkpoints import read_json, read_tensors
 
 INDEX = "cache.json"
@@ -33,14 +33,12 @@ class Index:
 
     Attributes:
         made_of: the model's fingerprint, the pictures' and how they were fitted: all that a cache depends on.
-        size: side of the pictures in pixels.
         shards: file names, each with the numbers and latent shapes of its samples.
         broken: names of pictures that cannot be read, each with the reason.
         total: pictures to be kept, broken ones included.
     """
 
     made_of: dict[str, Any]
-    size: int
     total: int
     shards: dict[str, list[list[int]]] = field(default_factory=dict)
     broken: list[list[str]] = field(default_factory=list)
@@ -100,9 +98,10 @@ def make_cache(
         quiet: show no progress.
 
     Raises:
+        ConfigError: the model takes no pictures of that size.
         DataError: the pictures are not there, too many of them are broken, or ``output`` holds another cache.
     """
-    size = config.size or native_size(pipe)
+    size = training_size(pipe, config.size)
     read, names = _open(config, size, size_step(pipe), count, seed)
     made_of = {
         "model": fingerprint(pipe),
@@ -116,7 +115,7 @@ def make_cache(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed if config.source == "shapes" else None,
     }
-    index = _begin(output, made_of, size, len(names))
+    index = _begin(output, made_of, len(names))
     _check_broken(index, config)
     device = pipe.unet.device
     with torch.no_grad(), tqdm(total=len(names), desc="cache", unit="picture", disable=quiet) as bar:
@@ -149,10 +148,10 @@ def _open(config: DataConfig, size: int, step: int, count: int | None, seed: int
     return PictureData(pictures, config, size, step).read, names
 
 
-def _begin(output: Path, made_of: dict[str, Any], size: int, total: int) -> Index:
+def _begin(output: Path, made_of: dict[str, Any], total: int) -> Index:
     if not (output / INDEX).exists():
         output.mkdir(parents=True, exist_ok=True)
-        index = Index(made_of, size, total)
+        index = Index(made_of, total)
         index.write(output)
         return index
     index = Index.read(output)

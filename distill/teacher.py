@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
+from diffusion_attn.distill.config import ConfigError
 from diffusion_attn.shapes import models
 
 
@@ -70,6 +71,20 @@ def native_size(pipe: Any) -> int:
 def size_step(pipe: Any) -> int:
     """What sides of pictures have to be multiples of, in pixels: one cell of the UNet's lowest level."""
     return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+
+def training_size(pipe: Any, asked: int | None) -> int:
+    """Side in pixels of the training pictures: what is ``asked``, else the model's own.
+
+    Raises:
+        ConfigError: the model cannot be trained on it.
+    """
+    size, step = asked or native_size(pipe), size_step(pipe)
+    if size % step:
+        raise ConfigError(
+            f"data.size={size}: expected a multiple of {step} pixels with this model; change --data.size."
+        )
+    return size
 
 
 class NoiseSchedule:

@@ -32,7 +32,7 @@ from diffusion_attn.distill.encoding import Encoded, encode, encode_nothing
 from diffusion_attn.distill.features import Features
 from diffusion_attn.distill.sources import digest, find_pictures
 from diffusion_attn.distill.student import Student, StudentModel, build_student
-from diffusion_attn.distill.teacher import NoiseSchedule, load_teacher, native_size, size_step
+from diffusion_attn.distill.teacher import NoiseSchedule, load_teacher, size_step, training_size
 from diffusion_attn.distill.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -278,18 +278,14 @@ class Distiller:
     def _open_data(self, pipe: Any) -> tuple[Any, str]:
         """The data at the size that the configuration or the model asks for, and a short hash of what they are."""
         data, seed, batch = self.config.data, self.config.run.seed, self.config.optim.batch_size
-        size, step = data.size or native_size(pipe), size_step(pipe)
-        if size % step:
-            raise ConfigError(
-                f"data.size={size}: expected a multiple of {step} pixels with this model; change --data.size."
-            )
+        size = training_size(pipe, data.size)
         if data.source == "cache":
             cached = CachedData(data.path, batch, seed)
             cached.check(pipe, data, size)
             return cached, cached.digest()
         if self.pictures is None:
             return ShapesData(size, seed), "shapes"
-        pictures = PictureData(self.pictures, data, size, step, batch, seed, quiet=self.quiet)
+        pictures = PictureData(self.pictures, data, size, size_step(pipe), batch, seed, quiet=self.quiet)
         return pictures, digest(self.pictures)
 
     def _empty_conditions(self, pipe: Any, data: Any) -> dict[str, torch.Tensor]:

@@ -140,6 +140,8 @@ def test_make_data_then_cache_then_distil(model, prompts, tmp_path, capsys):
         (["cache", "--data", "nowhere", "--output", "x"], "nowhere"),
         (["cache", "--data.source", "shapes", "--output", "x"], "--count"),
         (["cache", "--output", "x"], "--data FOLDER"),
+        (["cache", "--data.source", "shapes", "--count", "2", "--data.size", "63", "--output", "x"], "data.size=63"),
+        (["cache", "--data.source", "tars", "--output", "x"], "--data.source 'tars': expected one of folder"),
     ],
 )
 def test_what_the_other_commands_refuse(model, prompts, tmp_path, monkeypatch, capsys, command, expected):

@@ -43,8 +43,12 @@ def _of_argument(message: str) -> str:
     """jsonargparse's several lines about a value of the wrong type as one; other messages with a pointer to help."""
     key = re.match(r'Parser key "(.+?)":', message)
     value = re.search(r"value: (.*)\Z", message, re.DOTALL)
+    choices = re.search(r"Expected a typing\.Literal\[(.*?)\]", message)
     if not key or not value:
         return f"{' '.join(message.split())}; see --help."
     kinds = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
     expected = " or ".join("null" if kind == "NoneType" else kind for kind in kinds) or "another value"
-    return f"--{key[1]} {value[1]!r}: expected {expected}; see --help."
+    if choices:
+        expected = f"one of {choices[1]}".replace("'", "")
+    # Sections of a recipe are flat names inside.
+    return f"--{key[1].replace('__', '.')} {value[1]!r}: expected {expected}; see --help."
