@@ -112,14 +112,14 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def pixels(scenes) -> torch.Tensor:
-    """Scenes as a batch ``(batch, 3, SIZE, SIZE)``, float32 in -1..1."""
-    return torch.from_numpy(np.stack([rasterize(scene, SIZE) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
+def pixels(scenes, size: int = SIZE) -> torch.Tensor:
+    """Scenes as a batch ``(batch, 3, size, size)``, float32 in -1..1."""
+    return torch.from_numpy(np.stack([rasterize(scene, size) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
 
 
-def psnr(autoencoder: AutoencoderKL, scenes) -> float:
+def psnr(autoencoder: AutoencoderKL, scenes, size: int = SIZE) -> float:
     """Mean over scenes of the peak signal-to-noise ratio of the reconstruction, in dB."""
-    images = pixels(scenes)
+    images = pixels(scenes, size)
     with torch.no_grad():
         decoded = [autoencoder.decode(autoencoder.encode(b).latent_dist.mode()).sample for b in images.split(50)]
     error = ((torch.cat(decoded).clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
@@ -141,7 +141,9 @@ class Checkpoint:
             tensors |= {f"optimizer/{index}/{k}": v for k, v in state.items()}
         if self.ema is not None:
             tensors |= {f"ema/{i}": v for i, v in enumerate(self.ema.shadow_params)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+        # Copies: tied weights (T5's embedding) share memory, which the format refuses.
+        copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        save_file(copies, temporary / "state.safetensors")
         (temporary / "step.json").write_text(json.dumps({"step": step}))
         old = self.folder.with_suffix(".old")
         if self.folder.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 from diffusion_attn.core.errors import GridError
 from diffusion_attn.ops.local_flex import attend_flex
-from diffusion_attn.ops.local_rule import Disc
+from diffusion_attn.ops.local_rule import Disc, take_tokens, tile_order
 from diffusion_attn.ops.local_tiles import attend_tiles
 
 Backend = Literal["auto", "reference", "tiles", "flex"]
@@ -29,6 +28,7 @@ def local_attention(
     pooled_value: torch.Tensor | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
+    tiled: bool = False,
 ) -> torch.Tensor:
     """Softmax attention of image tokens over text, pooled tokens and the image tokens of a disc; of text over all.
 
@@ -45,6 +45,7 @@ def local_attention(
         backend: ``"reference"``, one call with a dense mask; ``"tiles"``, a call per few tiles of queries over the keys
             around them, on any device and differentiable; ``"flex"``, compiled FlexAttention, no gradients on a CPU;
             ``"auto"``, flex on CUDA, else tiles.
+        tiled: the image tokens come in `tile_order` of the grid instead, which spares flex to sort them.
 
     Returns:
         As ``q``.
@@ -63,9 +64,18 @@ def local_attention(
     seen_k, seen_v = k[:, :, :text_tokens], v[:, :, :text_tokens]
     if pooled_key is not None and pooled_value is not None:
         seen_k, seen_v = torch.cat([seen_k, pooled_key], dim=2), torch.cat([seen_v, pooled_value], dim=2)
+    image_q = q[:, :, text_tokens:]
     chosen = choose_backend(q) if backend == "auto" else backend
-    attend = _attend_dense if disc.covers else _BACKENDS[chosen]
-    image = attend(q[:, :, text_tokens:], image_k, image_v, seen_k, seen_v, disc, scale)
+    if disc.covers:
+        image = _attend_dense(image_q, image_k, image_v, seen_k, seen_v, disc, scale)
+    elif chosen == "flex":
+        image = attend_flex(image_q, image_k, image_v, seen_k, seen_v, disc, scale, tiled)
+    else:
+        order = tile_order(disc.grid, q.device) if tiled else None
+        place = None if order is None else order.argsort()
+        image_q, image_k, image_v = (take_tokens(x, place) for x in (image_q, image_k, image_v))
+        attend = _attend_dense if chosen == "reference" else attend_tiles
+        image = take_tokens(attend(image_q, image_k, image_v, seen_k, seen_v, disc, scale), order)
     if not text_tokens:
         return image
     text = F.scaled_dot_product_attention(q[:, :, :text_tokens], k, v, scale=scale)
@@ -93,13 +103,6 @@ def choose_backend(q: torch.Tensor) -> Backend:
         return "tiles"
     served = q.dtype in (torch.float32, torch.float16, torch.bfloat16) and q.shape[-1] >= 16
     return "flex" if served and find_spec("triton") is not None else "tiles"
-
-
-_BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
-    "reference": _attend_dense,
-    "tiles": attend_tiles,
-    "flex": attend_flex,
-}
 
 
 def _check(

@@ -10,13 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from diffusion_attn.ops.local_rule import Disc
-
-TILE = (8, 16)
-"""Rows and columns of the queries, and of the keys, of one block.
-
-Keys of 8 x 8 would be a fifth fewer, but the kernels' backward passes want blocks of 128.
-"""
+from diffusion_attn.ops.local_rule import TILE, Disc, take_tokens, tile_order
 
 _FAR = 2**14  # rows that a slot without a token is away
 
@@ -27,13 +21,14 @@ class Layout:
 
     Attributes:
         order: ``(slots,)`` long, the image token in each slot, tile after tile; slots without one repeat token 0.
-        place: ``(tokens,)`` long, the slot of each image token.
+            ``None`` where tokens come in that order and fill all slots.
+        place: ``(tokens,)`` long, the slot of each image token, or ``None`` as ``order``.
         seen: keys that all queries see, after the slots, filled up to whole blocks.
         mask: FlexAttention's block mask.
     """
 
-    order: torch.Tensor
-    place: torch.Tensor
+    order: torch.Tensor | None
+    place: torch.Tensor | None
     seen: int
     mask: Any
 
@@ -46,14 +41,16 @@ def attend_flex(
     seen_v: torch.Tensor,
     disc: Disc,
     scale: float | None = None,
+    tiled: bool = False,
 ) -> torch.Tensor:
     """Attention of image queries over keys that all of them see, and over the image keys of their disc.
 
     Args:
-        q, k, v: ``(batch, heads, height * width, head_dim)`` in raster order.
+        q, k, v: ``(batch, heads, height * width, head_dim)`` in raster order, or in `tile_order`.
         seen_k, seen_v: ``(batch, heads, seen, head_dim)``.
         disc: the rule.
         scale: of the scores; by default ``head_dim ** -0.5``.
+        tiled: the tokens come in `tile_order`.
 
     Returns:
         As ``q``.
@@ -63,12 +60,11 @@ def attend_flex(
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("backend='flex' has no gradients on a CPU; use backend='tiles', which does the same.")
-    layout = plan_blocks(disc, seen_k.shape[2], q.device)
+    layout = plan_blocks(disc, seen_k.shape[2], q.device, tiled)
     fill = (0, 0, 0, layout.seen - seen_k.shape[2])
-    keys = torch.cat([k.index_select(2, layout.order), F.pad(seen_k, fill)], dim=2)
-    values = torch.cat([v.index_select(2, layout.order), F.pad(seen_v, fill)], dim=2)
-    out = _compiled()(q.index_select(2, layout.order), keys, values, layout.mask, scale)
-    return out.index_select(2, layout.place)
+    keys = torch.cat([take_tokens(k, layout.order), F.pad(seen_k, fill)], dim=2)
+    values = torch.cat([take_tokens(v, layout.order), F.pad(seen_v, fill)], dim=2)
+    return take_tokens(_compiled()(take_tokens(q, layout.order), keys, values, layout.mask, scale), layout.place)
 
 
 @cache
@@ -88,7 +84,7 @@ def _compiled() -> Callable[..., torch.Tensor]:
 @torch.compiler.disable
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # or no gradient could ever pass through a layout that was made inside it
-def plan_blocks(disc: Disc, seen: int, device: torch.device) -> Layout:
+def plan_blocks(disc: Disc, seen: int, device: torch.device, tiled: bool = False) -> Layout:
     """The layout of a grid with ``seen`` keys for everybody; never looks at pairs of tokens."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -99,9 +95,13 @@ def plan_blocks(disc: Disc, seen: int, device: torch.device) -> Layout:
     )
     y, x = lattice // (across * columns), lattice % (across * columns)
     real = (y < height) & (x < width)
-    order = torch.where(real, y * width + x, 0)
-    place = torch.empty(height * width, dtype=torch.long)
+    index = torch.arange(height * width)  # of each raster position among the tokens
+    if tiled:
+        index = tile_order(disc.grid).argsort()
+    order = torch.where(real, index[torch.where(real, y * width + x, 0)], 0)
+    place = torch.empty_like(index)
     place[order[real]] = torch.nonzero(real)[:, 0]
+    sorted_already = tiled and bool(real.all())
 
     block = rows * columns
     padded = -(-seen // block) * block
@@ -126,6 +126,8 @@ def plan_blocks(disc: Disc, seen: int, device: torch.device) -> Layout:
     mask = BlockMask.from_kv_blocks(
         *partial_blocks, *full_blocks, BLOCK_SIZE=(block, block), mask_mod=sees, seq_lengths=lengths
     )
+    if sorted_already:
+        return Layout(None, None, padded, mask)
     return Layout(order.to(device), place.to(device), padded, mask)
 
 

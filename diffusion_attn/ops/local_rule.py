@@ -6,6 +6,27 @@ from dataclasses import dataclass
 
 import torch
 
+TILE = (8, 16)
+"""Rows and columns of tokens that are treated together: queries that share their keys, and the keys of one block."""
+
+
+def tile_order(grid: tuple[int, int], device: torch.device | str | None = None) -> torch.Tensor:
+    """``(tokens,)`` long, the raster positions of a grid's tokens tile after tile, each tile row by row.
+
+    Tiles at the lower and right border are cut off where the grid ends.
+    """
+    height, width = grid
+    y, x = (index.flatten() for index in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    (rows, columns), across = TILE, -(-width // TILE[1])
+    inside = y % rows * columns + x % columns
+    key = (y // rows * across + x // columns) * rows * columns + inside
+    return key.argsort().to(device)
+
+
+def take_tokens(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """The tokens ``index`` of ``(batch, heads, tokens, head_dim)``, all of them as they are for ``None``."""
+    return x if index is None else x.index_select(2, index)
+
 
 @dataclass(frozen=True)
 class Disc:

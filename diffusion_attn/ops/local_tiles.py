@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from diffusion_attn.ops.local_rule import Disc
-
-TILE = (8, 16)
-"""Rows and columns of queries that share their keys; with a radius of 16 or more as good as 16 x 16."""
+from diffusion_attn.ops.local_rule import TILE, Disc
 
 _ROWS_AT_ONCE = 1024
 """Queries of one call where windows are the whole grid."""

@@ -9,7 +9,10 @@ from transformers import CLIPTokenizer
 
 from diffusion_attn.shapes.scenes import COLORS, KINDS, RELATIONS, SIZES
 
-_WORDS = " ".join((*COLORS, *KINDS, *RELATIONS, *SIZES, "a an the and on background right below to of with")).split()
+_TEXT = " ".join((*COLORS, *KINDS, *RELATIONS, *SIZES, "a an the and on background right below to of with"))
+WORDS = tuple(dict.fromkeys(_TEXT.split()))
+"""The words of the grammar and a few that people add."""
+
 _END = "</w>"
 
 POSITIONS = 32
@@ -18,7 +21,7 @@ POSITIONS = 32
 
 def build_tokenizer() -> CLIPTokenizer:
     """Byte-pair encoding learned on the grammar's words until each is one token; padded with the end."""
-    words = {word: [*word[:-1], word[-1] + _END] for word in dict.fromkeys(_WORDS)}
+    words = {word: [*word[:-1], word[-1] + _END] for word in WORDS}
     merges: list[tuple[str, str]] = []
     while any(len(pieces) > 1 for pieces in words.values()):
         pairs = Counter(pair for pieces in words.values() for pair in pairwise(pieces))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import diffusion_attn as da
-from diffusion_attn.ops.local_flex import TILE, plan_blocks, visited_blocks
-from diffusion_attn.ops.local_rule import Disc
+from diffusion_attn.ops.local_flex import plan_blocks, visited_blocks
+from diffusion_attn.ops.local_rule import TILE, Disc, tile_order
 from diffusion_attn.ops.local_tiles import plan_tiles
 from tests.golden.seeded import seeded_tensor
 
@@ -103,10 +103,13 @@ def test_tiles_compute_each_query_once_and_no_key_that_none_of_them_sees(grid, r
 
 
 @settings(max_examples=40, deadline=None)
-@given(grids, st.integers(1, 45), st.integers(0, 70))
-def test_blocks_are_the_rule(grid, radius, everybody):
+@given(grids, st.integers(1, 45), st.integers(0, 70), st.booleans())
+def test_blocks_are_the_rule(grid, radius, everybody, tiled):
     """Whole blocks, and partial ones under FlexAttention's own mask, against the pairs of the disc."""
-    layout = plan_blocks(Disc(grid, radius), everybody, CPU)
+    layout = plan_blocks(Disc(grid, radius), everybody, CPU, tiled)
+    tokens = tile_order(grid) if tiled else torch.arange(grid[0] * grid[1])
+    assert (layout.order is None) == (tiled and not (grid[0] % TILE[0] or grid[1] % TILE[1]))
+    order, place = (torch.arange(len(tokens)) if x is None else x for x in (layout.order, layout.place))
     rows, columns = layout.mask.seq_lengths
     query, key = torch.arange(rows)[:, None], torch.arange(columns)
 
@@ -121,13 +124,25 @@ def test_blocks_are_the_rule(grid, radius, everybody):
     partial = pairs(layout.mask.kv_num_blocks, layout.mask.kv_indices)
     computed = whole | (partial & layout.mask.mask_mod(0, 0, query, key))
     assert not (whole & partial).any()
-    slots = len(layout.order)
-    assert torch.equal(computed[layout.place][:, layout.place], Disc(grid, radius).mask())
+    slots = len(order)
+    assert torch.equal(computed[place][:, place], Disc(grid, radius).mask()[tokens][:, tokens])
     empty = torch.ones(slots, dtype=torch.bool)
-    empty[layout.place] = False
-    assert not computed[layout.place][:, :slots][:, empty].any()
+    empty[place] = False
+    assert not computed[place][:, :slots][:, empty].any()
     assert computed[:, slots : slots + everybody].all() and not computed[:, slots + everybody :].any()
-    assert torch.equal(layout.order[layout.place], torch.arange(grid[0] * grid[1]))
+    assert torch.equal(order[place], torch.arange(len(tokens)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiles", "flex"])
+@pytest.mark.parametrize("grid", [(16, 32), (13, 21)])
+def test_tokens_may_come_in_the_order_of_tiles(backend, grid):
+    tokens, text = grid[0] * grid[1], 3
+    q, k, v = (x.float() for x in tensors(text + tokens, dim=16))
+    order = torch.cat([torch.arange(text), text + tile_order(grid)])
+    how = {"grid": grid, "radius": 5, "text_tokens": text}
+    plain = da.ops.local_attention(q, k, v, backend="reference", **how)
+    tiled = da.ops.local_attention(*(x[:, :, order] for x in (q, k, v)), backend=backend, tiled=True, **how)
+    torch.testing.assert_close(tiled, plain[:, :, order], atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
