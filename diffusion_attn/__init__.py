@@ -12,11 +12,12 @@ from diffusion_attn.core.errors import (
     MethodConflictError,
     UnsupportedModelError,
 )
-from diffusion_attn.methods import HiDiffusion, LinFusion
+from diffusion_attn.methods import Clear, HiDiffusion, LinFusion
 from diffusion_attn.version import __version__
 
 __all__ = [
     "CheckpointFormatError",
+    "Clear",
     "DiffusionAttnError",
     "EnableReport",
     "GridError",

@@ -1,4 +1,4 @@
-"""Train shapes-flux, the embedded model in FLUX's layout: a T5 encoder and a FLUX transformer jointly, by flow matching.
+"""Train shapes-flux, the embedded model in FLUX's layout: T5 encoder and FLUX transformer jointly, by flow matching.
 
     pip install "diffusion-attn[train]"
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_shapes_flux.py --output runs/shapes-flux
@@ -115,7 +115,7 @@ class Denoiser(torch.nn.Module):
         self.text_encoder, self.transformer = text_encoder, transformer
 
     def forward(self, tokens: torch.Tensor, sigmas: torch.Tensor, ids: torch.Tensor, pooled: torch.Tensor):
-        """The velocity ``noise - clean`` for tokens ``(batch, side**2, 16)``; ``ids`` are T5's, ``pooled`` is CLIP's."""
+        """The velocity ``noise - clean`` for tokens ``(batch, side**2, 16)``; ``ids`` for T5, ``pooled`` from CLIP."""
         return self.transformer(
             tokens,
             encoder_hidden_states=self.text_encoder(ids)[0],
@@ -168,7 +168,7 @@ def encode_scenes(args: argparse.Namespace, conditions: Conditions) -> dict[str,
 
 
 def build_optimizer(denoiser: Denoiser, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Muon for the weights of hidden layers, Adam for embeddings, vectors and the transformer's first and last layer."""
+    """Muon for the weights of hidden layers, Adam for embeddings, vectors and the transformer's outermost layers."""
     edges = ("text_encoder.shared", "relative_attention_bias", "transformer.x_embedder", "transformer.proj_out")
     named = dict(denoiser.named_parameters())
     hidden = [name for name, p in named.items() if p.ndim >= 2 and not any(edge in name for edge in edges)]
@@ -262,9 +262,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     pipe.to("cpu", torch.float16).save_pretrained(args.output / "model")
     if step_count := args.steps - first:
         seconds = (time.monotonic() - began) / step_count
-        record(
-            args, "denoiser", steps=args.steps, seconds_per_step=seconds, processes=accelerator.num_processes
-        )
+        record(args, "denoiser", steps=args.steps, seconds_per_step=seconds, processes=accelerator.num_processes)
 
 
 def assemble(conditions: Conditions, text_encoder, transformer) -> FluxPipeline:
@@ -339,8 +337,8 @@ photographs.
   of the descriptions is held out by hash. No images from elsewhere.
 - **Parts**: AutoencoderKL ({vae} parameters) and CLIPTextModel ({clip}) of shapes-sd, T5EncoderModel ({t5}) with a
   T5Tokenizer of the grammar's words, FluxTransformer2DModel ({transformer}); flow matching; float16 safetensors.
-- **Scores** on {captions} held-out captions, 30 Euler steps, guidance {guidance}: {exact:.1%} exact matches, backgrounds
-  right {background:.1%}, {read} objects read for {asked} asked; autoencoder {psnr:.2f} dB.
+- **Scores** on {captions} held-out captions, 30 Euler steps, guidance {guidance}: {exact:.1%} exact matches,
+  backgrounds right {background:.1%}, {read} objects read for {asked} asked; autoencoder {psnr:.2f} dB.
 - **Licence**: Apache-2.0.
 
 All settings, times and the machine:

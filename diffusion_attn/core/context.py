@@ -20,7 +20,7 @@ class StepContext:
     """One forward pass of the denoiser.
 
     Attributes:
-        height, width: of the denoiser's input, in latent cells.
+        height, width: of a UNet's input, in latent cells; 0 for transformers.
         step: 0-based position of the call in the timesteps that the run executes.
         steps: how many timesteps the run executes; ``0`` without a schedule.
         skipped: timesteps of the schedule before the run's first: above zero for image-to-image runs.

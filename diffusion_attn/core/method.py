@@ -31,12 +31,14 @@ class Plan:
         install: registers hooks and processors through the `Attachment` it is given.
         attention: names of the attention modules whose computation it replaces; two methods must not share one.
         remedy: the option that gives ``attention`` up, for the error when they would.
+        reads_steps: the method asks at which step a forward pass is, so that it has to be one of the schedule's.
     """
 
     layers: list[str]
     install: Callable[[Attachment], None]
     attention: frozenset[str] = frozenset()
     remedy: str = "enable one of them only"
+    reads_steps: bool = True
 
 
 @runtime_checkable

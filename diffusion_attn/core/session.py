@@ -82,8 +82,9 @@ class Session:
         for on in self.enabled.values():
             on.attachment.hold()
         call = bind_call(denoiser, args, kwargs)
-        height, width = call["sample"].shape[-2:]
-        if self.schedule is None:
+        # Transformers of the FLUX kind are given tokens, and timesteps in other units than their scheduler's.
+        height, width = call["sample"].shape[-2:] if "sample" in call else (0, 0)
+        if self.schedule is None or not any(on.plan.reads_steps for on in self.enabled.values()):
             self._context = StepContext(height, width)
         else:
             self._context = StepContext(height, width, *self.schedule.locate(call["timestep"]))

@@ -1,9 +1,10 @@
 """What a user enables: one file per method, one line per method here."""
 
+from diffusion_attn.methods.clear import Clear
 from diffusion_attn.methods.hidiffusion import HiDiffusion
 from diffusion_attn.methods.linfusion import LinFusion
 
-METHODS = {method.name: method for method in (HiDiffusion, LinFusion)}
+METHODS = {method.name: method for method in (HiDiffusion, LinFusion, Clear)}
 """Every method by the name that reports, `disable` and the command line use."""
 
-__all__ = ["METHODS", "HiDiffusion", "LinFusion"]
+__all__ = ["METHODS", "Clear", "HiDiffusion", "LinFusion"]

@@ -37,10 +37,8 @@ def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
         raise TypeError(
             f"unknown options {unknown}: expected those of huggingface_hub.hf_hub_download; leave them out."
         )
-    folder = Path(id_or_folder).expanduser()
-    if not folder.is_dir() and (EMBEDDED / folder).is_dir():
-        folder = EMBEDDED / folder
-    if folder.is_dir():
+    folder = local_folder(id_or_folder)
+    if folder is not None:
         if not (folder / name).is_file():
             raise CheckpointFormatError(
                 f"folder {str(id_or_folder)!r} has no {name}; give the folder that save_pretrained wrote, or the id of "
@@ -55,6 +53,12 @@ def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
             f"{str(id_or_folder)!r} is no folder here, and {name} cannot be had from the Hub under that id ({reason}); "
             "give a local folder, or an id of the form owner/name."
         ) from error
+
+
+def local_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of that name here, or of the weights that come with the package; ``None`` if there is neither."""
+    folder = Path(name).expanduser()
+    return next((place for place in (folder, EMBEDDED / folder) if place.is_dir()), None)
 
 
 def read_json(path: Path) -> Any:
@@ -112,15 +116,24 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         raise CheckpointFormatError(f"{what}: {'; '.join(told)}; give weights of the right format and model.")
 
 
-def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> None:
-    """Write ``diffusion_pytorch_model.safetensors`` and text ``files`` into a folder, each as a whole or not at all."""
+def write_folder(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    files: Mapping[str, str],
+    weights: str | None = None,
+) -> None:
+    """Write ``tensors`` as the file ``weights`` (by default `WEIGHTS`) and text ``files`` into a folder.
+
+    Each appears as a whole or not at all.
+    """
+    weights = weights or WEIGHTS
     from safetensors.torch import save_file
 
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.tmp" for name in (WEIGHTS, *files)}
+    temporary = {name: folder / f".{name}.tmp" for name in (weights, *files)}
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary[WEIGHTS], {"format": "pt"})
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary[weights], {"format": "pt"})
         for name, text in files.items():
             temporary[name].write_text(text, encoding="utf-8")
         for name, path in temporary.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -10,6 +11,9 @@ TILE = (8, 16)
 """Rows and columns of tokens that are treated together: queries that share their keys, and the keys of one block."""
 
 
+@torch.compiler.disable
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # or no gradient could ever pass through an order that was made inside it
 def tile_order(grid: tuple[int, int], device: torch.device | str | None = None) -> torch.Tensor:
     """``(tokens,)`` long, the raster positions of a grid's tokens tile after tile, each tile row by row.
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 
-from diffusion_attn.core.errors import CheckpointFormatError, UnsupportedModelError
+from diffusion_attn.core.errors import CheckpointFormatError
+from diffusion_attn.methods.stand_in import base_layer, copy_weights
 from diffusion_attn.methods.unet_layout import spatial_self_attentions
 
 
@@ -74,23 +74,12 @@ class LinFusionLayer(nn.Module):
 
     def start_from(self, attn: Any) -> None:
         """Copy an attention module's own weights; the projections add nothing until they are trained."""
-        from accelerate.utils import align_module_device
-
-        for name, own in self.linears():
-            base = base_layer(attn.get_submodule(name))
-            with align_module_device(base):
-                own.weight = nn.Parameter(base.weight.detach().clone())
-                if own.bias is not None:
-                    bias = torch.zeros_like(own.weight[:, 0]) if base.bias is None else base.bias.detach().clone()
-                    own.bias = nn.Parameter(bias)
+        for name in LINEARS:
+            copy_weights(self.get_submodule(name), attn.get_submodule(name))  # type: ignore[arg-type]
         for projection in (self.to_q_, self.to_k_):
             if isinstance(projection, nn.Sequential):
                 for parameter in projection[-1].parameters():
                     nn.init.zeros_(parameter)
-
-    def linears(self) -> list[tuple[str, nn.Linear]]:
-        """The four that stand in for an attention module's own, by their names there."""
-        return [(name, self.get_submodule(name)) for name in LINEARS]  # type: ignore[misc]
 
 
 LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -102,31 +91,6 @@ def _projection(width: int, mid_dim: int | None) -> nn.Module:
         return nn.Identity()
     mid = width if mid_dim is None else mid_dim
     return nn.Sequential(nn.Linear(width, mid), nn.LayerNorm(mid), nn.LeakyReLU(), nn.Linear(mid, width))
-
-
-def base_layer(module: Any) -> Any:
-    """The projection inside the wrappers that LoRA puts around it."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
-
-
-def check_projections(name: str, attn: Any) -> None:
-    """Make sure that an attention module's projections are plain ones.
-
-    Raises:
-        UnsupportedModelError: one is quantised.
-    """
-    for part in LINEARS:
-        base = base_layer(attn.get_submodule(part))
-        weight: Any = getattr(base, "weight", None)
-        plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor)
-        if not plain or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-            raise UnsupportedModelError(
-                f"{name}.{part} is a {type(base).__name__} of {getattr(weight, 'dtype', 'no dtype')}: LinFusion does "
-                "not stand in for quantised projections; load the UNet with its attn1 layers unquantised "
-                "(modules_to_not_convert)."
-            )
 
 
 # ---- base models

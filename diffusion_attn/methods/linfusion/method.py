@@ -20,14 +20,14 @@ from diffusion_attn.core.processors import check_exact
 from diffusion_attn.methods import checkpoints
 from diffusion_attn.methods.linfusion.layers import (
     BASES,
+    LINEARS,
     LayerConfig,
     LinFusionLayer,
-    base_layer,
-    check_projections,
     describe_layers,
     layers_of,
 )
-from diffusion_attn.methods.linfusion.processor import LinFusionProcessor, Substitute
+from diffusion_attn.methods.linfusion.processor import LinFusionProcessor
+from diffusion_attn.methods.stand_in import base_layer, check_place, check_projections, place_layer
 from diffusion_attn.methods.unet_layout import spatial_self_attentions
 
 MidDim = int | Callable[[int], int | None] | None
@@ -61,7 +61,7 @@ class LinFusion:
     dtype: torch.dtype | None = field(default=None, repr=False, metadata={"option": False})
 
     def __post_init__(self) -> None:
-        _check_place(self.base_weights)
+        check_place(self.base_weights)
 
     # ---- made
 
@@ -80,7 +80,7 @@ class LinFusion:
             CheckpointFormatError: files or keys are missing, unexpected, of another shape, or cannot be read.
             DiffusionAttnError: nothing is there.
         """
-        _check_place(base_weights)
+        check_place(base_weights)
         config = checkpoints.read_json(checkpoints.locate(id_or_dir, "config.json", **hub))
         entries = config.get("modules_list") if isinstance(config, dict) else None
         if not isinstance(entries, list) or not entries:
@@ -137,7 +137,7 @@ class LinFusion:
         attentions = dict(spatial_self_attentions(unet))
         layers = []
         for layer in layers_of(unet):
-            check_projections(layer.module_name, attentions[layer.module_name])
+            check_projections(layer.module_name, attentions[layer.module_name], LINEARS, "LinFusion")
             mid = mid_dim(layer.dim_n) if callable(mid_dim) else mid_dim
             layers.append(LayerConfig(layer.module_name, layer.dim_n, layer.heads, mid))
         base = base_layer(attentions[layers[0].module_name].to_q)
@@ -209,7 +209,7 @@ class LinFusion:
                 "published ones, if there are any)."
             )
         for name, attn in attentions.items():
-            check_projections(name, attn)
+            check_projections(name, attn, LINEARS, "LinFusion")
             if not isinstance(attn.processor, LinFusionProcessor):
                 check_exact(name, attn.processor)
         names = [layer.module_name for layer in self.layers]
@@ -232,14 +232,7 @@ class _Install:
         for config, layer in zip(self.method.layers, self.method.weights, strict=True):
             attn = self.unet.get_submodule(config.module_name)
             assert isinstance(layer, LinFusionLayer)
-            like = base_layer(attn.to_q).weight
-            device = None if like.is_meta else like.device  # meta: offloaded layer by layer
-            layer.to(dtype=self.method.dtype or like.dtype, device=device)
-            for name, own in layer.linears():
-                base = base_layer(attn.get_submodule(name))
-                attachment.after(base, Substitute(own))
-                if parked:
-                    attachment.park(base, self.unet)
+            place_layer(attachment, self.unet, attn, layer, LINEARS, self.method.dtype, self.method.base_weights)
             processor = LinFusionProcessor(layer, pinned, parked)
             attachment.when_undone(processor.forget)
             attachment.process(config.module_name, attn, processor)
@@ -247,11 +240,6 @@ class _Install:
 
 def _build(layers: list[LayerConfig]) -> nn.ModuleList:
     return nn.ModuleList(LinFusionLayer(layer.dim_n, layer.projection_mid_dim) for layer in layers)
-
-
-def _check_place(base_weights: str) -> None:
-    if base_weights not in ("device", "cpu"):
-        raise ValueError(f"base_weights={base_weights!r}: expected 'device' or 'cpu'.")
 
 
 def _check_unet(unet: Any) -> Any:

@@ -1,0 +1,234 @@
+"""Where the tokens of a forward pass lie: read from the call's own arguments, and brought into the kernels' order.
+
+Everything in these models but attention treats tokens alone, and positions come with them. So their order is changed
+once, where they enter the transformer, and back where they leave it, instead of in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion_attn.core.errors import DiffusionAttnError, GridError, UnsupportedModelError
+from diffusion_attn.core.method import Attachment
+from diffusion_attn.core.session import bind_call
+from diffusion_attn.ops.local_attention import choose_backend
+from diffusion_attn.ops.local_rule import Disc, tile_order
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one forward pass.
+
+    Attributes:
+        text: how many tokens of text there are.
+        grid: ``(height, width)`` in image tokens.
+        order: ``(image tokens,)`` long, which of the given tokens is at each place inside the model, or ``None``:
+            they stay as given.
+        tiled: inside the model image tokens are in `tile_order`, else in raster order.
+    """
+
+    text: int
+    grid: tuple[int, int]
+    order: torch.Tensor | None = None
+    tiled: bool = False
+
+    def arrange(self, x: Any) -> Any:
+        """``(batch, image tokens, channels)``, or several of them, from the caller's order into the model's."""
+        if x is None or self.order is None:
+            return x
+        if not isinstance(x, torch.Tensor):
+            return [self.arrange(part) for part in x]
+        return x.index_select(-2, self.order.to(x.device))
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """Back into the caller's order."""
+        return x if self.order is None else x.index_select(-2, self.order.argsort().to(x.device))
+
+
+class TokenReader:
+    """Reads `Tokens` before each forward pass of a transformer, arranges them, and restores the result.
+
+    Args:
+        disc_radius: of the attention.
+        backend: of the attention.
+        head_dim: of the transformer.
+    """
+
+    def __init__(self, disc_radius: int, backend: str, head_dim: int) -> None:
+        self.disc_radius, self.backend, self.head_dim = disc_radius, backend, head_dim
+        # Kept after the pass: with gradient checkpointing the backward pass runs layers again.
+        self.read: Tokens | None = None
+
+    @property
+    def now(self) -> Tokens:
+        """Of the forward pass in progress.
+
+        Raises:
+            DiffusionAttnError: there has been none.
+        """
+        if self.read is None:
+            raise DiffusionAttnError(
+                "a part of the transformer was called on its own while Clear is enabled on the whole; call the "
+                "transformer itself, or disable Clear first."
+            )
+        return self.read
+
+    def install(self, attachment: Attachment, transformer: nn.Module) -> None:
+        """Register the hooks."""
+        raise NotImplementedError
+
+    def _tokens(self, text: int, grid: tuple[int, int], raster: torch.Tensor | None, like: torch.Tensor) -> Tokens:
+        """``raster``: position in the grid of each given token, ``None`` where they are in raster order."""
+        # In training the teacher's layers are compared with the student's, token by token.
+        tiled = self._uses_flex(like) and not Disc(grid, self.disc_radius).covers and not torch.is_grad_enabled()
+        given = None if raster is None else raster.argsort()
+        if not tiled:
+            return Tokens(text, grid, given)
+        inside = tile_order(grid, like.device)
+        return Tokens(text, grid, inside if given is None else given.to(like.device)[inside], True)
+
+    def _uses_flex(self, like: torch.Tensor) -> bool:
+        backend = choose_backend(like.new_empty(0, self.head_dim)) if self.backend == "auto" else self.backend
+        return backend == "flex"
+
+
+class FluxTokens(TokenReader):
+    """FLUX.1: the grid is in ``img_ids``, whatever order they come in."""
+
+    def install(self, attachment: Attachment, transformer: nn.Module) -> None:
+        """Hooks on the transformer."""
+        attachment.before(transformer, self.enter, kwargs=True)
+        attachment.after(transformer, self.leave)
+
+    @torch.compiler.disable
+    def enter(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Forward pre-hook."""
+        call = bind_call(transformer, args, kwargs)
+        image_ids, text_ids = (call[name] for name in ("img_ids", "txt_ids"))
+        image_ids = image_ids[0] if image_ids.ndim == 3 else image_ids
+        grid, raster = read_grid(image_ids)
+        tokens = self.read = self._tokens(text_ids.shape[-2], grid, raster, call["hidden_states"])
+        if tokens.order is None:
+            return None
+        arranged = {name: tokens.arrange(call[name]) for name in _PER_TOKEN if name in call}
+        return (), {**call, "img_ids": tokens.arrange(image_ids), **arranged}
+
+    @torch.compiler.disable
+    def leave(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook."""
+        if self.now.order is None:
+            return None
+        sample = self.now.restore(output[0])
+        return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
+
+
+_PER_TOKEN = ("hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
+
+
+def read_grid(ids: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor | None]:
+    """Height and width of the grid that FLUX's image ids ``(tokens, 3)`` span, and each token's raster position.
+
+    Positions are ``None`` where they are in raster order. Ids need not be whole numbers, only those of a full grid.
+
+    Raises:
+        UnsupportedModelError: there are further images in the sequence (Kontext).
+        GridError: the ids do not make one grid.
+    """
+    images, rows, columns = ids.T
+    if (images != images[0]).any():
+        raise UnsupportedModelError(
+            "img_ids name several images in one sequence, as FLUX Kontext's reference pictures do; local attention "
+            "serves a single one. Disable Clear for this pipeline."
+        )
+    (ys, y), (xs, x) = (torch.unique(axis, return_inverse=True) for axis in (rows, columns))
+    raster, whole = y * len(xs) + x, torch.arange(len(ids), device=ids.device)
+    if len(ys) * len(xs) == len(ids) and torch.equal(raster.sort()[0], whole):
+        return (len(ys), len(xs)), None if torch.equal(raster, whole) else raster
+    # bfloat16 has no odd numbers above 256: ids of larger grids repeat, but never fall from one token to the next.
+    width = int((rows == rows[0]).sum())
+    if len(ids) % width == 0:
+        lines, places = rows.view(-1, width), columns.view(-1, width)
+        rising = (lines.diff(dim=0) >= 0).all() and (places.diff(dim=1) >= 0).all()
+        if rising and (lines == lines[:, :1]).all() and (places == places[:1]).all():
+            return (len(ids) // width, width), None
+    raise GridError(
+        f"img_ids has {len(ids)} tokens in {len(ys)} rows and {len(xs)} columns, which is not one full grid; give an "
+        "id (0, row, column) for every cell, as the pipelines do, or disable Clear."
+    )
+
+
+class SD3Tokens(TokenReader):
+    """Stable Diffusion 3 and 3.5: the grid is the latents', and positions are added where they become tokens."""
+
+    def install(self, attachment: Attachment, transformer: nn.Module) -> None:
+        """Hooks on the transformer, and where tokens are made and given back."""
+        attachment.before(transformer, self.enter, kwargs=True)
+        attachment.after(transformer.get_submodule("pos_embed"), self.embedded)
+        attachment.after(transformer.get_submodule("proj_out"), self.projected)
+
+    @torch.compiler.disable
+    def enter(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Forward pre-hook."""
+        call = bind_call(transformer, args, kwargs)
+        latents, patch = call["hidden_states"], transformer.config.patch_size
+        height, width = (side // patch for side in latents.shape[-2:])
+        tokens = self.read = self._tokens(call["encoder_hidden_states"].shape[1], (height, width), None, latents)
+        name = "block_controlnet_hidden_states"
+        if tokens.order is None or call.get(name) is None:
+            return None
+        return (), {**call, name: tokens.arrange(call[name])}
+
+    @torch.compiler.disable
+    def embedded(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook where latents have become tokens."""
+        return self.now.arrange(output)
+
+    @torch.compiler.disable
+    def projected(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook before tokens become latents."""
+        return self.now.restore(output)
+
+
+def cells(tokens: Tokens, factor: int, device: torch.device) -> torch.Tensor:
+    """``(cells, factor * factor)`` long: the image tokens of each cell of ``factor`` rows and columns, row by row.
+
+    Raises:
+        GridError: the grid does not consist of such cells.
+    """
+    height, width = tokens.grid
+    if height % factor or width % factor:
+        raise GridError(
+            f"the image has {height} x {width} tokens, and down_factor={factor} pools cells of that side; make "
+            f"height and width multiples of {16 * factor} pixels."
+        )
+    place = torch.arange(height * width, device=device)
+    if tokens.tiled:
+        place = tile_order(tokens.grid, device).argsort()
+    blocks = place.view(height // factor, factor, width // factor, factor).transpose(1, 2)
+    return blocks.reshape(-1, factor * factor)
+
+
+def reader_for(transformer: Any) -> type[TokenReader]:
+    """The reader of a transformer's family.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    families: Sequence[tuple[type, type[TokenReader]]] = (
+        (FluxTransformer2DModel, FluxTokens),
+        (SD3Transformer2DModel, SD3Tokens),
+    )
+    for family, reader in families:
+        if isinstance(transformer, family):
+            return reader
+    raise UnsupportedModelError(
+        f"Clear serves the transformers of FLUX.1 and Stable Diffusion 3, and this is a {type(transformer).__name__}; "
+        "for UNets linear attention (LinFusion) and HiDiffusion are what serve large pictures."
+    )
