@@ -133,7 +133,7 @@ class Conditions:
     def __init__(self) -> None:
         base: StableDiffusionPipeline = shapes.load_pipeline("shapes-sd")
         self.autoencoder: AutoencoderKL = base.vae
-        self.autoencoder.register_to_config(shift_factor=0.0)
+        self.autoencoder.register_to_config(shift_factor=0.0, sample_size=SIZE)
         self.clip: CLIPTextModel = base.text_encoder
         self.clip_tokenizer, self.tokenizer = base.tokenizer, build_tokenizer()
 

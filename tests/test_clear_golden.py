@@ -13,8 +13,9 @@ import diffusion_attn as da
 from diffusion_attn.distill import losses
 from diffusion_attn.distill.features import Features
 from diffusion_attn.methods.clear.layers import ClearLayer
-from diffusion_attn.methods.clear.processor import ClearProcessor, Rule
-from diffusion_attn.methods.clear.tokens import TokenReader, Tokens
+from diffusion_attn.methods.clear.processor import ClearProcessor
+from diffusion_attn.methods.clear.rule import Rule
+from diffusion_attn.methods.clear.tokens import TokenReader, Tokens, find_cells
 from tests.golden.seeded import seed_parameters, seeded_tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "clear"
@@ -65,9 +66,9 @@ def test_layers(case, backend):
     if case.get("spatial_weight", "uniform") != "uniform":
         noise = seeded_tensor(case["spatial_weight"], case["spatial_weight_shape"])
         layer.spatial_weight.copy_(factor**-2 + 0.5 * factor**-2 * noise)
-    reader = TokenReader(case["radius"], backend, case["head_dim"])
-    reader.read = Tokens(case["text_tokens"], grid)
     rule = Rule(case["radius"], factor, case["proportional"], backend)
+    reader = TokenReader(rule, case["head_dim"])
+    reader.read = Tokens(case["text_tokens"], grid, cells=find_cells(grid, factor, False, None) if factor > 1 else None)
     sequence = case["text_tokens"] + grid[0] * grid[1]
     assert rule.scale(case["head_dim"], sequence) == pytest.approx(case["attention_scale"])
     attn.set_processor(ClearProcessor(rule, reader, layer))

@@ -29,6 +29,7 @@ from diffusion_attn.cli.main import main
 from diffusion_attn.cli.oracle import consult, in_words
 from diffusion_attn.cli.pictures import Cell, Row, fit_cell, labelled_grid, wrap
 from diffusion_attn.cli.quiet import silence
+from diffusion_attn.core.calls import call_arguments
 from diffusion_attn.core.method import Plan
 from diffusion_attn.methods import METHODS
 from diffusion_attn.shapes.models import available
@@ -329,6 +330,34 @@ def test_sdxl_too(tmp_path):
     assert main([*argv, "--method", "hidiffusion", "--size", "128"]) == 0
     record = json.loads((tmp_path / "0000-a-seed0-hidiffusion.json").read_text())
     assert record["guidance"] == 5.0  # the pipeline's own default
+
+
+def test_flux_too(tmp_path, capsys):
+    folder = tmp_path / "model"
+    pipe = tiny.flux()
+    pipe.tokenizer_2.model_max_length = 16
+    pipe.save_pretrained(folder)
+    argv = ["generate", "a", "--model", str(folder), "--steps", "1", "--output", str(tmp_path), "--device", "cpu"]
+    assert main([*argv, "--method", "clear"]) == 2
+    assert "no published CLEAR weights" in capsys.readouterr().err
+    options = ["--clear.radius", "2", "--clear.backend", "tiles"]
+    assert main([*argv, "--method", "clear", "--weights", "none", *options]) == 0
+    record = json.loads((tmp_path / "0000-a-seed0-clear.json").read_text())
+    assert record["guidance"] == 3.5 and record["size"] == [64, 64]  # the pipeline's and the autoencoder's own
+    assert record["methods"]["clear"]["radius"] == 2
+    da.Clear.for_model(pipe.transformer, 3).save_pretrained(tmp_path / "weights")
+    assert main([*argv, "--method", "clear", "--weights", str(tmp_path / "weights")]) == 0
+    record = json.loads((tmp_path / "0000-a-seed0-clear.json").read_text())
+    assert record["methods"]["clear"]["radius"] == 3 and "clear_local_3" in record["methods"]["clear"]["source"]
+
+
+def test_guidance_where_it_is_no_input_is_held_against_the_empty_prompt():
+    pipe = tiny.flux(guidance_embeds=False)
+    assert call_arguments(pipe, ["a"]) == {"prompt": ["a"], "max_sequence_length": 512}
+    guided = call_arguments(pipe, ["a", "b"], 2.0)
+    assert guided["negative_prompt"] == ["", ""] and guided["true_cfg_scale"] == 2.0
+    assert "guidance_scale" not in guided and "true_cfg_scale" not in call_arguments(pipe, ["a"], 1.0)
+    assert call_arguments(tiny.flux(), ["a"], 2.0)["guidance_scale"] == 2.0
 
 
 # ---- comparing

@@ -1,4 +1,4 @@
-"""Tiny real pipelines with seeded weights: the layouts of SD 1.5 and SDXL at a size that runs in milliseconds."""
+"""Tiny real pipelines with seeded weights: the layouts of SD 1.5, SDXL, FLUX and SD3, that run in milliseconds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -24,9 +29,13 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
-from diffusion_attn.shapes.tokenizer import build_tokenizer
+from diffusion_attn.core.enable import resolve
+from diffusion_attn.shapes.tokenizer import WORDS, build_tokenizer
 from tests.golden.seeded import seed_parameters
 
 SD = {
@@ -59,6 +68,31 @@ SCHEDULE = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
+}
+FLUX = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 12,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+SD3 = {
+    "sample_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 24,
+    "pos_embed_max_size": 48,
+    "dual_attention_layers": (0,),
+    "qk_norm": "rms_norm",
 }
 PROMPT = "a red star above a blue ring on a white background"
 
@@ -134,6 +168,64 @@ def sdxl(**changes):
     )
 
 
+def transformer(config=FLUX, **changes):
+    cls = FluxTransformer2DModel if config is FLUX else SD3Transformer2DModel
+    return seed_parameters(cls(**{**config, **changes}).eval())
+
+
+def t5(width):
+    """A T5 encoder, and its tokenizer of the grammar's words."""
+    tokenizer = T5Tokenizer(
+        vocab=[(word, 0.0) for word in ("<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in WORDS))], extra_ids=0
+    )
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=6, d_ff=16, num_layers=1, num_heads=2)
+    return seed_parameters(T5EncoderModel(config).eval()), tokenizer
+
+
+def latents_around_zero():
+    autoencoder = vae()
+    autoencoder.register_to_config(shift_factor=0.0)
+    return autoencoder
+
+
+def flux(**changes):
+    """A FLUX.1-dev pipeline with an autoencoder of 4x: a token is 8 pixels wide."""
+    encoder, tokenizer = t5(12)
+    return quiet(
+        FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            latents_around_zero(),
+            text_encoder(),
+            build_tokenizer(),
+            encoder,
+            tokenizer,
+            transformer(FLUX, **changes),
+        )
+    )
+
+
+def sd3(**changes):
+    """A Stable Diffusion 3.5 pipeline with an autoencoder of 4x: a token is 8 pixels wide."""
+    encoder, tokenizer = t5(24)
+    return quiet(
+        StableDiffusion3Pipeline(
+            transformer(SD3, **changes),
+            FlowMatchEulerDiscreteScheduler(shift=3.0),
+            latents_around_zero(),
+            text_encoder(CLIPTextModelWithProjection),
+            build_tokenizer(),
+            text_encoder(CLIPTextModelWithProjection),
+            build_tokenizer(),
+            encoder,
+            tokenizer,
+        )
+    )
+
+
+def denoiser(pipe):
+    return resolve(pipe)[1]
+
+
 def controlnet(of):
     # Two stages of the conditioning embedding make four times, as the autoencoder here has it.
     net = ControlNetModel.from_unet(of, conditioning_embedding_out_channels=(4, 8, 8))
@@ -147,6 +239,8 @@ def run(pipe, size=128, steps=5, **kwargs):
     if "image" not in kwargs or "control" in type(pipe).__name__.lower():
         kwargs.update(height=height, width=width)
     kwargs.setdefault("output_type", "latent")
+    if hasattr(pipe, "tokenizer_2") and hasattr(pipe, "transformer"):
+        kwargs.setdefault("max_sequence_length", 16)
     return pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(3), **kwargs).images
 
 
@@ -157,6 +251,23 @@ def forward(unet, x, timestep=801, **kwargs):
         kwargs["added_cond_kwargs"] = {"text_embeds": torch.ones(len(x), 12), "time_ids": ids}
     with torch.no_grad():
         return unet(x, timestep, text, **kwargs).sample
+
+
+def call(model):
+    """A seeded call of any of these denoisers, with gradients."""
+    if hasattr(model, "conv_in"):
+        return model(noise(1, 4, 36, 44), 901, noise(1, 5, 12)).sample
+    text = {
+        "encoder_hidden_states": noise(2, 5, model.config.joint_attention_dim),
+        "timestep": torch.tensor([0.9, 0.9]),
+    }
+    text["pooled_projections"] = noise(2, model.config.pooled_projection_dim)
+    if hasattr(model, "pos_embed") and hasattr(model, "single_transformer_blocks"):
+        rows, columns = torch.meshgrid(torch.arange(12), torch.arange(10), indexing="ij")
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
+        text |= {"img_ids": ids, "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([3.5, 3.5])}
+        return model(noise(2, 120, 16), **text).sample
+    return model(noise(2, 4, 24, 20), **text).sample
 
 
 def noise(*shape, seed=0):

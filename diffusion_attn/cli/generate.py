@@ -13,6 +13,7 @@ from tqdm import tqdm
 from diffusion_attn.cli import comparison, files, models, oracle
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import Request, add_request_arguments, read_request
+from diffusion_attn.core.calls import call_arguments
 from diffusion_attn.core.enable import using
 from diffusion_attn.core.method import Method
 from diffusion_attn.metrics.cost import measure
@@ -145,14 +146,12 @@ def _draw(job: _Job, methods: tuple[Method, ...], index: int, prompt: str, seed:
 
 def _call(job: _Job, methods: tuple[Method, ...], prompt: str, seed: int, steps: int) -> Image.Image:
     width, height = job.size
-    guidance = job.settings["guidance"]
     call = {
-        "prompt": prompt,
+        **call_arguments(job.pipe, [prompt], job.settings["guidance"]),
         "width": width,
         "height": height,
         "num_inference_steps": steps,
         "generator": torch.Generator().manual_seed(seed),
-        **({} if guidance is None else {"guidance_scale": guidance}),
     }
     if not methods:
         return job.pipe(**call).images[0]

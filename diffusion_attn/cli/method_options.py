@@ -19,6 +19,9 @@ from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.core.method import Method
 from diffusion_attn.methods import METHODS
 
+NO_WEIGHTS = "none"
+"""What ``--weights`` says for a method without weights of its own."""
+
 
 def add_method_options(parser: Any) -> None:
     """Add ``--method`` and, in a group for each method, ``--NAME.OPTION`` for each field of its dataclass.
@@ -37,8 +40,8 @@ def add_method_options(parser: Any) -> None:
         "--weights",
         type=str,
         metavar="ID_OR_FOLDER",
-        help=f"weights of {' or '.join(with_weights(METHODS))}: a local folder or a Hub id; by default the published "
-        "ones that belong to the model",
+        help=f"weights of {' or '.join(with_weights(METHODS))}: a local folder, a Hub id, or {NO_WEIGHTS!r} for the "
+        "model's own, which serve clear; by default the published ones that belong to the model",
     )
     for name, method in METHODS.items():
         _, docs = read_docstring(method)
@@ -95,6 +98,8 @@ def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], 
 
 def _build(method: Any, options: dict[str, Any], weights: str | None) -> Method | Callable[[Any], Method]:
     if not with_weights([method.name]):
+        return method(**options)
+    if weights == NO_WEIGHTS:
         return method(**options)
     if weights is None:
         return functools.partial(method.for_pipeline, **options)

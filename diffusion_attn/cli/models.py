@@ -85,16 +85,20 @@ def show_everything(pipe: Any) -> None:
 def native_size(pipe: Any) -> Size:
     """Width and height in pixels that the model was trained at: its sample size in latent cells, decoded.
 
+    FLUX's transformer records none; its autoencoder does, in pixels.
+
     Raises:
         CommandError: the model does not tell.
     """
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     config = getattr(denoiser, "config", None)
-    cells = getattr(config, "sample_size", None) or getattr(pipe, "default_sample_size", None)
+    cells, scale = getattr(config, "sample_size", None), pipe.vae_scale_factor
+    if cells is None:
+        cells, scale = getattr(getattr(getattr(pipe, "vae", None), "config", None), "sample_size", None), 1
     if cells is None:
         raise CommandError("--size is needed: this model does not record the size it was trained at.")
     height, width = (cells, cells) if isinstance(cells, int) else cells
-    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+    return width * scale, height * scale
 
 
 def check_size(pipe: Any, size: Size) -> None:

@@ -32,11 +32,7 @@ def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    unknown = sorted(hub.keys() - inspect.signature(hf_hub_download).parameters.keys())
-    if unknown:
-        raise TypeError(
-            f"unknown options {unknown}: expected those of huggingface_hub.hf_hub_download; leave them out."
-        )
+    check_hub_options(hub)
     folder = local_folder(id_or_folder)
     if folder is not None:
         if not (folder / name).is_file():
@@ -53,6 +49,21 @@ def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
             f"{str(id_or_folder)!r} is no folder here, and {name} cannot be had from the Hub under that id ({reason}); "
             "give a local folder, or an id of the form owner/name."
         ) from error
+
+
+def check_hub_options(hub: Mapping[str, Any]) -> None:
+    """Make sure that options are those of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        TypeError: one is not.
+    """
+    from huggingface_hub import hf_hub_download
+
+    unknown = sorted(hub.keys() - inspect.signature(hf_hub_download).parameters.keys())
+    if unknown:
+        raise TypeError(
+            f"unknown options {unknown}: expected those of huggingface_hub.hf_hub_download; leave them out."
+        )
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path | None:

@@ -20,7 +20,8 @@ from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
 from diffusion_attn.methods import checkpoints
 from diffusion_attn.methods.clear.layers import ClearLayer, ClearWeights, attentions, linears
-from diffusion_attn.methods.clear.processor import ClearProcessor, Rule
+from diffusion_attn.methods.clear.processor import ClearProcessor
+from diffusion_attn.methods.clear.rule import Rule
 from diffusion_attn.methods.clear.tokens import FluxTokens, reader_for
 from diffusion_attn.methods.stand_in import base_layer, check_place, check_projections, place_layer
 from diffusion_attn.ops.local_attention import Backend
@@ -107,6 +108,7 @@ class Clear:
         own = {option.name for option in fields(cls)} - {"weights", "source", "dtype", "radius", "down_factor"}
         hub = {name: options.pop(name) for name in list(options) if name not in own}
         cls(radius or 1, down_factor or 1, **options)  # what is wrong with options shows before anything is loaded
+        checkpoints.check_hub_options(hub)
         path, radius, expected = _find(id_or_file, radius, down_factor, hub)
         tensors = checkpoints.read_tensors(path)
         weights, found = ClearWeights.parse(tensors, f"CLEAR weights in {path.name!r}")
@@ -272,7 +274,7 @@ class _Install:
     def __call__(self, attachment: Attachment) -> None:
         method, transformer = self.method, self.transformer
         rule = Rule(method.radius, method.down_factor, method.proportional, method.backend)
-        reader = reader_for(transformer)(method.radius, method.backend, transformer.config.attention_head_dim)
+        reader = reader_for(transformer)(rule, transformer.config.attention_head_dim)
         reader.install(attachment, transformer)
         if method.ntk_factor != 1:
             attachment.after(transformer.pos_embed, _Stretch(method.ntk_factor))

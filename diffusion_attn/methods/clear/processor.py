@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from diffusion_attn.core.errors import GridError, UnsupportedModelError
 from diffusion_attn.methods.clear.layers import ClearLayer
-from diffusion_attn.methods.clear.tokens import TokenReader, Tokens, cells
+from diffusion_attn.methods.clear.rule import Rule
+from diffusion_attn.methods.clear.tokens import TokenReader, Tokens
 from diffusion_attn.methods.stand_in import StandIn
-from diffusion_attn.ops.local_attention import Backend, local_attention
+from diffusion_attn.ops.local_attention import local_attention
 from diffusion_attn.ops.local_rule import Disc
 from diffusion_attn.processors.joint import JointAttnProcessor
-
-TRAINED_TOKENS = 64 * 64 + 512
-"""The length of FLUX's training sequences, to which the proportional scale is relative."""
-
-POOLED_LENGTH_FACTOR = 10
-"""The official pooled processor takes the sequence for ten times as long in the proportional scale."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What `Clear` says about attention; see there."""
-
-    radius: int
-    down_factor: int
-    proportional: bool
-    backend: Backend
-
-    def scale(self, head_dim: int, tokens: int) -> float:
-        """Of the scores of a sequence of ``tokens``, pooled ones not counted."""
-        if not self.proportional:
-            return head_dim**-0.5
-        length = tokens * (POOLED_LENGTH_FACTOR if self.down_factor > 1 else 1)
-        return math.sqrt(math.log(length, TRAINED_TOKENS) / head_dim)
 
 
 class ClearProcessor(StandIn, JointAttnProcessor):
@@ -97,13 +73,14 @@ class ClearProcessor(StandIn, JointAttnProcessor):
                 "Clear."
             )
         rule, now = self.rule, self.reader.now
-        text = query.shape[1] - now.grid[0] * now.grid[1]
-        if text not in (0, now.text):
+        image = now.grid[0] * now.grid[1]
+        text = now.text if query.shape[1] != image else 0
+        if query.shape[1] != text + image:
             raise GridError(
                 f"the layer has {query.shape[1]} tokens, and the call has {now.text} of text and a grid of "
                 f"{now.grid[0]} x {now.grid[1]}; pass txt_ids and img_ids of all tokens, or disable Clear."
             )
-        scale = rule.scale(query.shape[-1], query.shape[1])
+        scale = rule.scale(query.shape[-1], text + image)
         if rule.down_factor == 1 and Disc(now.grid, rule.radius).covers:
             return self.attend_exactly(query, key, value, None, scale=scale)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -127,14 +104,13 @@ class ClearProcessor(StandIn, JointAttnProcessor):
         self, key: torch.Tensor, value: torch.Tensor, text: int, now: Tokens
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Weighted sums of the image's keys and values over cells, ``(batch, heads, cells, head_dim)``."""
-        assert self.rule is not None
-        factor = self.rule.down_factor
-        if factor == 1:
+        if now.cells is None:
             return None, None
-        index = cells(now, factor, key.device) + text
-        weight = key.new_full((factor * factor,), factor**-2.0)
-        if self.has_layer:
-            weight = self.ready(key).spatial_weight.flatten()
-        in_cells = (x.index_select(2, index.flatten()).unflatten(2, index.shape) for x in (key, value))
-        pooled_key, pooled_value = (torch.einsum("bhcwd,w->bhcd", x, weight.to(x.dtype)) for x in in_cells)
+        index = (now.cells + text).flatten()
+        in_cells = (x.index_select(2, index).unflatten(2, now.cells.shape) for x in (key, value))
+        if not self.has_layer:
+            pooled_key, pooled_value = (x.mean(dim=3) for x in in_cells)
+        else:
+            weight = self.ready(key).spatial_weight.flatten().to(key.dtype)
+            pooled_key, pooled_value = (torch.einsum("bhcwd,w->bhcd", x, weight) for x in in_cells)
         return pooled_key, pooled_value

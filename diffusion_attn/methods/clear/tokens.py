@@ -16,6 +16,7 @@ from torch import nn
 from diffusion_attn.core.errors import DiffusionAttnError, GridError, UnsupportedModelError
 from diffusion_attn.core.method import Attachment
 from diffusion_attn.core.session import bind_call
+from diffusion_attn.methods.clear.rule import Rule
 from diffusion_attn.ops.local_attention import choose_backend
 from diffusion_attn.ops.local_rule import Disc, tile_order
 
@@ -30,12 +31,14 @@ class Tokens:
         order: ``(image tokens,)`` long, which of the given tokens is at each place inside the model, or ``None``:
             they stay as given.
         tiled: inside the model image tokens are in `tile_order`, else in raster order.
+        cells: ``(cells, tokens)`` long, the image tokens, inside the model, of each cell that is pooled.
     """
 
     text: int
     grid: tuple[int, int]
     order: torch.Tensor | None = None
     tiled: bool = False
+    cells: torch.Tensor | None = None
 
     def arrange(self, x: Any) -> Any:
         """``(batch, image tokens, channels)``, or several of them, from the caller's order into the model's."""
@@ -54,13 +57,12 @@ class TokenReader:
     """Reads `Tokens` before each forward pass of a transformer, arranges them, and restores the result.
 
     Args:
-        disc_radius: of the attention.
-        backend: of the attention.
+        rule: of the attention.
         head_dim: of the transformer.
     """
 
-    def __init__(self, disc_radius: int, backend: str, head_dim: int) -> None:
-        self.disc_radius, self.backend, self.head_dim = disc_radius, backend, head_dim
+    def __init__(self, rule: Rule, head_dim: int) -> None:
+        self.rule, self.head_dim = rule, head_dim
         # Kept after the pass: with gradient checkpointing the backward pass runs layers again.
         self.read: Tokens | None = None
 
@@ -85,16 +87,17 @@ class TokenReader:
     def _tokens(self, text: int, grid: tuple[int, int], raster: torch.Tensor | None, like: torch.Tensor) -> Tokens:
         """``raster``: position in the grid of each given token, ``None`` where they are in raster order."""
         # In training the teacher's layers are compared with the student's, token by token.
-        tiled = self._uses_flex(like) and not Disc(grid, self.disc_radius).covers and not torch.is_grad_enabled()
+        tiled = self._uses_flex(like) and not Disc(grid, self.rule.radius).covers and not torch.is_grad_enabled()
+        cells = find_cells(grid, self.rule.down_factor, tiled, like.device) if self.rule.down_factor > 1 else None
         given = None if raster is None else raster.argsort()
         if not tiled:
-            return Tokens(text, grid, given)
+            return Tokens(text, grid, given, cells=cells)
         inside = tile_order(grid, like.device)
-        return Tokens(text, grid, inside if given is None else given.to(like.device)[inside], True)
+        return Tokens(text, grid, inside if given is None else given.to(like.device)[inside], True, cells)
 
     def _uses_flex(self, like: torch.Tensor) -> bool:
-        backend = choose_backend(like.new_empty(0, self.head_dim)) if self.backend == "auto" else self.backend
-        return backend == "flex"
+        asked = self.rule.backend
+        return (choose_backend(like.new_empty(0, self.head_dim)) if asked == "auto" else asked) == "flex"
 
 
 class FluxTokens(TokenReader):
@@ -194,21 +197,25 @@ class SD3Tokens(TokenReader):
         return self.now.restore(output)
 
 
-def cells(tokens: Tokens, factor: int, device: torch.device) -> torch.Tensor:
-    """``(cells, factor * factor)`` long: the image tokens of each cell of ``factor`` rows and columns, row by row.
+def find_cells(grid: tuple[int, int], factor: int, tiled: bool, device: torch.device | None) -> torch.Tensor:
+    """``(cells, factor * factor)`` long: the tokens of each cell of ``factor`` rows and columns, row by row.
+
+    Args:
+        grid: height and width in tokens.
+        factor: side of a cell.
+        tiled: tokens are in `tile_order`, else in raster order.
+        device: of the result.
 
     Raises:
         GridError: the grid does not consist of such cells.
     """
-    height, width = tokens.grid
+    height, width = grid
     if height % factor or width % factor:
         raise GridError(
             f"the image has {height} x {width} tokens, and down_factor={factor} pools cells of that side; make "
             f"height and width multiples of {16 * factor} pixels."
         )
-    place = torch.arange(height * width, device=device)
-    if tokens.tiled:
-        place = tile_order(tokens.grid, device).argsort()
+    place = tile_order(grid, device).argsort() if tiled else torch.arange(height * width, device=device)
     blocks = place.view(height // factor, factor, width // factor, factor).transpose(1, 2)
     return blocks.reshape(-1, factor * factor)
 
