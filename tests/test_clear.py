@@ -1,7 +1,10 @@
 """CLEAR on FLUX and SD3: who sees whom, in whatever order and size tokens come, and weights in the published format."""
 
 import dataclasses
+import os
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -180,7 +183,7 @@ def test_cells_are_squares_of_the_grid(tiled):
         {"down_factor": 0},
         {"ntk_factor": 0},
         {"backend": "fast"},
-        {"base_weights": "disk"},
+        {"base_weights": "cloud"},
     ],
 )
 def test_options_are_checked(options):
@@ -332,6 +335,25 @@ def test_weights_are_live():
     assert torch.equal(call(model, (8, 12)), changed) and not torch.equal(rule, changed)
     with pytest.raises(da.CheckpointFormatError, match="missing"):
         method.load_state_dict({})
+
+
+def test_idle_weights_may_be_on_disk():
+    model = tiny.transformer()
+    plain, kept = call(model, (8, 12)), {key: x.clone() for key, x in model.state_dict().items()}
+    da.enable(model, trained())
+    on = call(model, (8, 12))
+    files = set(os.listdir(tempfile.gettempdir()))
+    da.enable(model, dataclasses.replace(trained(), base_weights="disk"))
+    assert torch.equal(call(model, (8, 12)), on)
+    assert all(torch.equal(x, kept[key]) for key, x in model.state_dict().items())
+    weight = model.transformer_blocks[0].attn.to_q.weight
+    mapped = [line for line in Path("/proc/self/smaps").read_text().splitlines() if "(deleted)" in line]
+    assert any(".safetensors" in line for line in mapped)
+    with torch.no_grad():
+        weight += 0  # writable, and not to the file
+    da.disable(model)
+    assert set(os.listdir(tempfile.gettempdir())) <= files
+    assert torch.equal(call(model, (8, 12)), plain)
 
 
 # ---- what is refused

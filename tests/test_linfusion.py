@@ -257,19 +257,19 @@ def test_only_its_own_parameters_are_trained(unet):
     assert all(attn.to_q.weight.grad is None for _, attn in linfusion.attentions(unet))
 
 
-def test_base_weights_on_the_cpu_change_nothing(unet):
+def test_base_weights_elsewhere_change_nothing(unet):
     linfusion = linfusion_for(unet)
     x = noise(1, 4, 16, 16)
     plain = forward(unet, x)
     da.enable(unet, linfusion)
     expected = forward(unet, x)
-    parked = da.LinFusion(linfusion.layers, linfusion.weights, base_weights="cpu")
-    da.enable(unet, parked)
-    assert torch.equal(forward(unet, x), expected)
-    da.disable(unet)
-    assert torch.equal(forward(unet, x), plain)
-    with pytest.raises(ValueError, match="base_weights='disk'"):
-        da.LinFusion(linfusion.layers, linfusion.weights, base_weights="disk")
+    for place in ("cpu", "disk"):
+        da.enable(unet, da.LinFusion(linfusion.layers, linfusion.weights, base_weights=place))
+        assert torch.equal(forward(unet, x), expected)
+        da.disable(unet)
+        assert torch.equal(forward(unet, x), plain)
+    with pytest.raises(ValueError, match="base_weights='cloud'"):
+        da.LinFusion(linfusion.layers, linfusion.weights, base_weights="cloud")
 
 
 # ---- defects of the official code that are not ours
@@ -410,8 +410,8 @@ def test_hub_errors_of_any_kind_are_one_sentence(monkeypatch):
 def test_options_that_nobody_knows_are_refused(folder):
     with pytest.raises(TypeError, match="torch_dtype"):
         da.LinFusion.from_pretrained(folder, torch_dtype=torch.float16)
-    with pytest.raises(ValueError, match="base_weights='disk'"):
-        da.LinFusion.from_pretrained("nobody/nothing", base_weights="disk")
+    with pytest.raises(ValueError, match="base_weights='cloud'"):
+        da.LinFusion.from_pretrained("nobody/nothing", base_weights="cloud")
 
 
 def test_an_entry_twice_in_the_config_is_refused(unet, folder):

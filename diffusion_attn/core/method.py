@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -79,14 +82,20 @@ class Attachment:
         self._undo.append(held.release)
         held.set()
 
-    def park(self, module: nn.Module, denoiser: Any) -> None:
-        """Keep the weights of ``module``, which nobody computes with meanwhile, on the CPU.
+    def park(self, module: nn.Module, denoiser: Any, place: str) -> None:
+        """Keep the weights of ``module``, which nobody computes with meanwhile, on the ``"cpu"`` or on ``"disk"``.
 
-        They come back to where ``denoiser`` is by then.
+        They come back to where ``denoiser`` is by then. On disk is in a file of the temporary directory that is mapped
+        into memory and has no name any more: they are there when something reads them, and gone with the process.
         """
-        if next(module.parameters()).device.type not in ("cpu", "meta"):  # meta: an offloading hook has them already
-            module.to("cpu")
-            self.when_undone(partial(_bring_back, module, denoiser))
+        device = next(module.parameters()).device.type
+        if device == "meta" or device == place:  # meta: an offloading hook has them already
+            return
+        if place == "disk":
+            _map(module)
+        else:
+            module.to(place)
+        self.when_undone(partial(_bring_back, module, denoiser))
 
     def when_undone(self, action: Callable[[], object]) -> None:
         """Have ``action`` called when the method is taken off."""
@@ -113,5 +122,22 @@ class Attachment:
             raise errors[0]
 
 
+def _map(module: nn.Module) -> None:
+    """Have the parameters of ``module`` in a file instead of in memory."""
+    from safetensors.torch import load_file, save_file
+
+    handle, path = tempfile.mkstemp(suffix=".safetensors")
+    os.close(handle)
+    try:
+        save_file({name: x.detach().contiguous() for name, x in module.named_parameters()}, path)
+        mapped = load_file(path)
+    finally:
+        with suppress(PermissionError):  # Windows keeps what is mapped
+            os.unlink(path)
+    for name, parameter in module.named_parameters():
+        parameter.data = mapped[name]
+
+
 def _bring_back(module: nn.Module, denoiser: Any) -> None:
-    module.to(denoiser.device)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(denoiser.device, copy=True)

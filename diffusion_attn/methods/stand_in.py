@@ -23,7 +23,7 @@ class StandIn:
         layer: the weights; its linear modules have the names that they have in the attention module.
         method: whose weights they are, for messages.
         pinned: keep their dtype, whatever the model's is; else they follow it.
-        parked: the module's own projections are on the CPU.
+        parked: the module's own projections are not where the model is.
     """
 
     layer: Any
@@ -73,7 +73,7 @@ class StandIn:
         check_adapter(outer, self.method)
         if self.parked and base_layer(outer).weight.device.type not in (x.device.type, "meta"):
             raise UnsupportedModelError(
-                "a LoRA runs the base model's projections, and base_weights='cpu' keeps them off the device; enable "
+                "a LoRA runs the base model's projections, and base_weights keeps them off the device; enable "
                 f"{self.method} with base_weights='device'."
             )
         return outer(x)
@@ -108,15 +108,15 @@ def place_layer(
         layer: the weights, by the names of the module's.
         linears: names of the projections.
         dtype: what the layer is to be; the module's own for ``None``.
-        base_weights: ``"cpu"`` parks the module's own projections there.
+        base_weights: ``"cpu"`` or ``"disk"`` parks the module's own projections there.
     """
     like = base_layer(attn.to_q).weight
     layer.to(dtype=dtype or like.dtype, device=None if like.is_meta else like.device)  # meta: offloaded layer by layer
     for name in linears:
         base = base_layer(attn.get_submodule(name))
         attachment.after(base, Substitute(layer.get_submodule(name)))  # type: ignore[arg-type]
-        if base_weights == "cpu":
-            attachment.park(base, denoiser)
+        if base_weights != "device":
+            attachment.park(base, denoiser, base_weights)
 
 
 def copy_weights(own: nn.Linear, projection: Any) -> None:
@@ -179,5 +179,5 @@ def check_place(base_weights: str) -> None:
     Raises:
         ValueError: it is none.
     """
-    if base_weights not in ("device", "cpu"):
-        raise ValueError(f"base_weights={base_weights!r}: expected 'device' or 'cpu'.")
+    if base_weights not in ("device", "cpu", "disk"):
+        raise ValueError(f"base_weights={base_weights!r}: expected 'device', 'cpu' or 'disk'.")

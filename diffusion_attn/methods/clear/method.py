@@ -47,7 +47,7 @@ class Clear:
             training; its authors use it in image-to-image runs.
         ntk_factor: factor of the rotary embedding's base (FLUX); 10 in its authors' runs above 1024 pixels.
         backend: of the attention, see `diffusion_attn.ops.local_attention`.
-        base_weights: where the model's idle projections are kept while enabled: ``"device"``, or ``"cpu"``, which frees
+        base_weights: where the model keeps idle projections while enabled: ``"device"``; ``"cpu"`` or ``"disk"`` frees
             about as much memory as the weights take (and does nothing under offloading, which moves them itself).
         weights: the layers' weights; its parameters are the live tensors that the enabled model computes with.
         source: where the weights come from, for the record.
@@ -279,7 +279,7 @@ class _Install:
         if method.ntk_factor != 1:
             attachment.after(transformer.pos_embed, _Stretch(method.ntk_factor))
         own = {} if method.weights is None else dict(method.weights.layers())
-        pinned, parked = method.dtype is not None, method.base_weights == "cpu"
+        pinned, parked = method.dtype is not None, method.base_weights != "device"
         for name, attn in attentions(transformer):
             layer = own.get(name)
             if layer is not None:

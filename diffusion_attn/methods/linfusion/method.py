@@ -46,7 +46,7 @@ class LinFusion:
         layers: what each layer stands in for, in the published order.
         weights: the layers; its parameters are the live tensors that the enabled model computes with.
         source: where the weights come from, for the record.
-        base_weights: where the base model's idle projections are kept while enabled: ``"device"``, or ``"cpu"``, which
+        base_weights: where the base's idle projections are kept while enabled: ``"device"``; ``"cpu"`` or ``"disk"``
             frees about as much memory as the layers take (and does nothing under offloading, which moves them itself).
         dtype: of the layers while enabled: ``None`` casts them, in place, to the UNet's; a trainer pins
             ``torch.float32`` and runs a 16-bit UNet under autocast.
@@ -228,7 +228,7 @@ class _Install:
     unet: Any
 
     def __call__(self, attachment: Attachment) -> None:
-        pinned, parked = self.method.dtype is not None, self.method.base_weights == "cpu"
+        pinned, parked = self.method.dtype is not None, self.method.base_weights != "device"
         for config, layer in zip(self.method.layers, self.method.weights, strict=True):
             attn = self.unet.get_submodule(config.module_name)
             assert isinstance(layer, LinFusionLayer)

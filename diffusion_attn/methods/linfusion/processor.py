@@ -22,7 +22,7 @@ class LinFusionProcessor(StandIn, UNetAttnProcessor):
     Args:
         layer: the weights.
         pinned: keep their dtype, whatever the UNet's is; else they follow it.
-        parked: the module's own projections are on the CPU.
+        parked: the module's own projections are not where the model is.
     """
 
     def __init__(self, layer: LinFusionLayer | None = None, pinned: bool = False, parked: bool = False) -> None:
