@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -148,16 +149,29 @@ def in_turns(
     device: str,
     what: str,
     change: Callable[[str], AbstractContextManager] = nullcontext,
+    own_time: bool = False,
 ) -> dict[str, list[Cost]]:
     """Costs of every variant, measured in rounds that each begin with another one; a first round is thrown away.
 
-    ``change`` puts a variant in force, which is not measured.
+    ``change`` puts a variant in force, which is not measured. ``own_time`` counts only while the calling thread ran, on
+    a CPU: what one thread computes costs the same then whatever else the machine does.
+
+    Raises:
+        SystemExit: there are other threads whose time ``own_time`` would not count.
     """
+    if own_time and (torch.get_num_threads() > 1 or device != "cpu"):
+        raise SystemExit(
+            "own time is that of one thread on a CPU; set OMP_NUM_THREADS=1, or measure on the wall clock."
+        )
     costs: dict[str, list[Cost]] = {name: [] for name in names}
     order = [names[(i + shift) % len(names)] for shift in range(-1, repeats) for i in range(len(names))]
     for index, name in enumerate(tqdm(order, desc=what)):
         with torch.no_grad(), change(name), measure(device) as cost:
+            began = time.thread_time()
             call(name)
+            ran = time.thread_time() - began
+        if own_time:
+            cost.seconds = ran
         if index >= len(names):
             costs[name].append(cost)
     return costs

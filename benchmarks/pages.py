@@ -28,6 +28,38 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def resume(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """A subcommand's section with what earlier runs kept in it, or a new one; it is in the file then.
+
+    Raises:
+        SystemExit: there are rows, and they were made with other settings.
+    """
+    here = origin(args)
+    before = {} if args.restart else common.read_results(args.output).get(args.name, {})
+    if before:
+        now, then = {**settings, **here["machine"]}, {**before["settings"], **before["machine"]}
+        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+        if changed:
+            raise SystemExit(
+                f"{args.output.name} holds rows made with another {', '.join(changed)}; give the same settings to go "
+                "on, another --output, or --restart to drop those rows."
+            )
+    section = {**here, "settings": settings, "rows": [], **before}
+    common.write_section(args.output, args.name, section)
+    return section
+
+
+def keep(
+    args: argparse.Namespace, rows: list[dict[str, Any]], order: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
+    """Add rows to a section that was resumed, in ``order``; other runs may have added theirs in the meantime."""
+    section = common.read_results(args.output)[args.name]
+    section["rows"] = sorted([*section["rows"], *rows], key=order)
+    section["commands"] = list(dict.fromkeys([*section["commands"], *origin(args)["commands"]]))
+    common.write_section(args.output, args.name, section)
+    return section
+
+
 def write_page(name: str, introduction: str, sections: Mapping[str, Section], folder: Path) -> None:
     """Write ``FOLDER/NAME.md`` from the result files beside it alone.
 
