@@ -44,6 +44,13 @@ def test_imports_go_one_way(part):
                 assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_every_package_is_installed():
+    tomllib = pytest.importorskip("tomllib")
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert listed == found | {f"diffusion_attn.{name}" for name in FOLDERS}
+
+
 def test_ops_know_nothing_of_diffusers():
     for path in (PACKAGE / "ops").rglob("*.py"):
         assert not [name for name in imports_of(path) if name.split(".")[0] in ("diffusers", "transformers")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -71,14 +72,16 @@ def attend_flex(
 def _compiled() -> Callable[..., torch.Tensor]:
     """One function for all layers; it is compiled again for other shapes, scales and dtypes.
 
-    In full: past dynamo's limit of recompilations it raises rather than computing all pairs.
+    In full: past dynamo's limit of recompilations it raises rather than computing all pairs. Eight, the usual limit, are
+    used up by a few sizes of pictures and lengths of prompts.
     """
+    many: Any = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float | None) -> torch.Tensor:
         return cast(torch.Tensor, flex_attention(q, k, v, block_mask=mask, scale=scale))
 
-    return torch.compile(attend, dynamic=False, fullgraph=True)
+    return torch.compile(attend, dynamic=False, fullgraph=True, **many)
 
 
 @torch.compiler.disable
