@@ -17,6 +17,7 @@ from diffusion_attn.core.errors import CheckpointFormatError
 from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.data import Order, PictureData, Sample, ShapesData
 from diffusion_attn.distill.encoding import Encoded, encode, encode_nothing, fingerprint
+from diffusion_attn.distill.families import denoiser_of, family_of
 from diffusion_attn.distill.sources import DataError, find_pictures
 from diffusion_attn.distill.teacher import size_step, training_size
 from diffusion_attn.methods.checkpoints import read_json, read_tensors
@@ -98,10 +99,10 @@ def make_cache(
         quiet: show no progress.
 
     Raises:
-        ConfigError: the model takes no pictures of that size.
+        ConfigError: the model takes no pictures of that size, or no captions of that length.
         DataError: the pictures are not there, too many of them are broken, or ``output`` holds another cache.
     """
-    size = training_size(pipe, config.size)
+    size, text_tokens = training_size(pipe, config.size), family_of(pipe).text_tokens(config.text_tokens)
     read, names = _open(config, size, size_step(pipe), count, seed)
     made_of = {
         "model": fingerprint(pipe),
@@ -112,20 +113,21 @@ def make_cache(
         "fit": config.fit,
         "max_aspect": config.max_aspect,
         "size": size,
+        "text_tokens": text_tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed if config.source == "shapes" else None,
     }
     index = _begin(output, made_of, len(names))
     _check_broken(index, config)
-    device = pipe.unet.device
+    device = denoiser_of(pipe).device
     with torch.no_grad(), tqdm(total=len(names), desc="cache", unit="picture", disable=quiet) as bar:
         if not (output / EMPTY).exists():
-            _write_tensors(output / EMPTY, encode_nothing(pipe, device), dtype)
+            _write_tensors(output / EMPTY, encode_nothing(pipe, device, text_tokens), dtype)
         for start in range(0, len(names), SHARD):
             numbers = range(start, min(start + SHARD, len(names)))
             file = f"shard-{start // SHARD:06d}.safetensors"
             if file not in index.shards:
-                tensors, shapes, broken = _encode_shard(pipe, read, names, numbers, batch, device)
+                tensors, shapes, broken = _encode_shard(pipe, read, names, numbers, batch, device, text_tokens)
                 _write_tensors(output / file, tensors, dtype)
                 index.shards[file] = shapes
                 index.broken += broken
@@ -165,7 +167,13 @@ def _begin(output: Path, made_of: dict[str, Any], total: int) -> Index:
 
 
 def _encode_shard(
-    pipe: Any, read: Any, names: list[str], numbers: range, batch: int, device: torch.device
+    pipe: Any,
+    read: Any,
+    names: list[str],
+    numbers: range,
+    batch: int,
+    device: torch.device,
+    text_tokens: int | None,
 ) -> tuple[dict[str, torch.Tensor], list[list[int]], list[list[str]]]:
     """Tensors by sample and name, ``[number, height, width]`` of each sample, and what cannot be read."""
     tensors, shapes, broken = {}, [], []
@@ -179,7 +187,7 @@ def _encode_shard(
     for _, group in groupby(good, key=lambda pair: pair[1].pixels.shape):
         same = iter(group)
         while part := list(islice(same, batch)):
-            encoded = encode(pipe, [sample for _, sample in part], device)
+            encoded = encode(pipe, [sample for _, sample in part], device, text_tokens)
             for i, (number, _) in enumerate(part):
                 shapes.append([number, *encoded.mean.shape[-2:]])
                 tensors[f"{number}/mean"], tensors[f"{number}/std"] = encoded.mean[i], encoded.std[i]
@@ -274,7 +282,8 @@ class CachedData:
         Raises:
             DataError: it is not, or has not.
         """
-        asked = {"model": fingerprint(pipe), "size": size, "fit": config.fit}
+        text_tokens = family_of(pipe).text_tokens(config.text_tokens)
+        asked = {"model": fingerprint(pipe), "size": size, "text_tokens": text_tokens, "fit": config.fit}
         if config.fit == "bucket":
             asked["max_aspect"] = config.max_aspect
         for name, wanted in asked.items():

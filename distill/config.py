@@ -27,13 +27,17 @@ class ModelConfig:
     """The teacher, which is the student's frozen base as well.
 
     Args:
-        name: an embedded model, a local diffusers folder, or a Hub id of a Stable Diffusion or SDXL pipeline.
+        name: an embedded model, a local diffusers folder, or a Hub id of a Stable Diffusion, SDXL or FLUX.1 pipeline.
+        guidance: what teacher and student are given where guidance is an input of the model (FLUX.1-dev), of no effect
+            elsewhere; by default the pipeline's own.
     """
 
     name: str = "shapes-sd"
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         _check(bool(self.name.strip()), "model.name", self.name, "an embedded model, a folder or a Hub id")
+        _check(self.guidance is None or self.guidance >= 0, "model.guidance", self.guidance, "0 or more, or null")
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,30 @@ class MethodConfig:
     Args:
         name: the method's name.
         weights: folder or Hub id of weights to start from; without, they start from the teacher's own.
-        mid_divisor: the inner width of the projections is the layer's width divided by this (LinFusion: 1 for SD, 16
+        mid_divisor: of LinFusion, the inner width of the projections is the layer's width divided by this (1 for SD, 16
             for SDXL); only without ``weights``, which have theirs.
+        radius: of Clear, in image tokens; by default that of the method, or of ``weights``.
+        down_factor: of Clear, the side of the cells that are pooled; by default as ``radius``.
     """
 
     name: str = "linfusion"
     weights: str | None = None
     mid_divisor: int = 1
+    radius: int | None = None
+    down_factor: int | None = None
 
     def __post_init__(self) -> None:
         trainable = [name for name, method in METHODS.items() if hasattr(method, "for_model")]
         _check(self.name in trainable, "method.name", self.name, f"a method with weights: {', '.join(trainable)}")
-        _check(self.mid_divisor >= 1, "method.mid_divisor", self.mid_divisor, "1 or more")
+        for name, owner, default in (
+            ("mid_divisor", "linfusion", 1),
+            ("radius", "clear", None),
+            ("down_factor", "clear", None),
+        ):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"method.{name}", value, "1 or more")
+            fits = value == default or self.name == owner
+            _check(fits, f"method.{name}", value, f"method.name {owner!r}, whose it is, and not {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,7 @@ class DataConfig:
         image_column: of a dataset of source ``"hub"``.
         caption_column: of a dataset, of ``metadata.jsonl`` and ``captions.csv``, or of the JSON in a tar file.
         size: side of the training pictures in pixels; by default the model's own.
+        text_tokens: length of captions, of FLUX, 512 at most; by default what pictures are drawn with.
         fit: how a picture becomes a square: ``"squash"`` (bicubic) or ``"crop"`` (shorter side to size, centre); or
             ``"bucket"``: it does not, but is cropped to the nearest of several shapes with about as many pixels.
         max_aspect: longer side by shorter side of the longest bucket.
@@ -84,6 +101,7 @@ class DataConfig:
     image_column: str = "image"
     caption_column: str = "text"
     size: int | None = None
+    text_tokens: int | None = None
     fit: Literal["squash", "crop", "bucket"] = "squash"
     max_aspect: float = 2.0
     caption_dropout: float = 0.0
@@ -92,6 +110,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self.size is None or self.size >= 8, "data.size", self.size, "8 pixels or more, or null")
+        tokens = self.text_tokens
+        _check(tokens is None or 1 <= tokens <= 512, "data.text_tokens", tokens, "1 to 512, or null")
         _check(1 <= self.max_aspect <= 8, "data.max_aspect", self.max_aspect, "a ratio, 1 to 8")
         _check(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "a share, 0 to below 1")
         _check(0 <= self.max_broken <= 1, "data.max_broken", self.max_broken, "a share, 0 to 1")

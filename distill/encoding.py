@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffusion_attn.distill.data import Broken, Sample
+from diffusion_attn.distill.families import family_of
 
 ADDED = ("text_embeds", "time_ids")
 """Conditions that SDXL's UNet takes as ``added_cond_kwargs``."""
@@ -32,9 +33,9 @@ class Encoded:
     conditions: dict[str, torch.Tensor]
     broken: Broken = ()
 
-    def latents(self, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
-        """Scaled latents, as ``mean``; ``noise`` decides which of the possible ones."""
-        return (self.mean + self.std * noise) * scaling_factor
+    def latents(self, noise: torch.Tensor, scaling_factor: float, shift_factor: float | None = None) -> torch.Tensor:
+        """Shifted and scaled latents, as ``mean``; ``noise`` decides which of the possible ones."""
+        return (self.mean + self.std * noise - (shift_factor or 0.0)) * scaling_factor
 
     def arguments(self, dropped: torch.Tensor, empty: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The conditions as keyword arguments of the denoiser.
@@ -67,30 +68,33 @@ class Encoded:
         )
 
 
-def encode(pipe: Any, samples: Sequence[Sample], device: torch.device) -> Encoded:
+def encode(pipe: Any, samples: Sequence[Sample], device: torch.device, text_tokens: int | None = None) -> Encoded:
     """Pictures of one shape and their captions as the pipeline's autoencoder and text encoders see them."""
     posterior = pipe.vae.encode(torch.stack([sample.pixels for sample in samples]).to(device)).latent_dist
-    conditions = encode_captions(pipe, [sample.caption for sample in samples], device)
+    conditions = encode_captions(pipe, [sample.caption for sample in samples], device, text_tokens)
     if "text_embeds" in conditions:
         ids = [(*sample.original, *sample.corner, *sample.pixels.shape[-2:]) for sample in samples]
         conditions["time_ids"] = torch.tensor(ids, dtype=torch.float32, device=device)
     return Encoded(posterior.mean, posterior.std, conditions)
 
 
-def encode_captions(pipe: Any, captions: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
-    """The conditions that ``captions`` make, each ``(captions, ...)``: ``encoder_hidden_states``, SDXL's pooled one."""
-    encoded = pipe.encode_prompt(
-        list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    if pipe.unet.config.addition_embed_type is None:
-        return {"encoder_hidden_states": encoded[0]}
-    text, _, pooled, _ = encoded
-    return {"encoder_hidden_states": text, "text_embeds": pooled}
+def encode_captions(
+    pipe: Any, captions: Sequence[str], device: torch.device, text_tokens: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The conditions that ``captions`` make, by the denoiser's own names, each ``(captions, ...)``.
+
+    Args:
+        pipe: the teacher.
+        captions: one or more.
+        device: of the conditions.
+        text_tokens: see `DataConfig`.
+    """
+    return family_of(pipe).encode_captions(captions, device, text_tokens)
 
 
-def encode_nothing(pipe: Any, device: torch.device) -> dict[str, torch.Tensor]:
+def encode_nothing(pipe: Any, device: torch.device, text_tokens: int | None = None) -> dict[str, torch.Tensor]:
     """The conditions, ``(1, ...)`` each, that guidance holds against a prompt: the empty caption's, for SDXL zeros."""
-    conditions = encode_captions(pipe, [""], device)
+    conditions = encode_captions(pipe, [""], device, text_tokens)
     zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
     return {name: torch.zeros_like(x) for name, x in conditions.items()} if zeros else conditions
 
@@ -98,7 +102,7 @@ def encode_nothing(pipe: Any, device: torch.device) -> dict[str, torch.Tensor]:
 def fingerprint(pipe: Any, denoiser: bool = False) -> str:
     """What makes latents and conditions those of this pipeline: its autoencoder, text encoders and tokenizers.
 
-    With ``denoiser`` also its UNet and scheduler, which make pictures those of this pipeline.
+    With ``denoiser`` also the denoiser and its scheduler, which make pictures those of this pipeline.
     """
     hasher = hashlib.sha256()
     if denoiser:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from diffusion_attn.core.calls import call_arguments
 from diffusion_attn.distill.encoding import fingerprint
 from diffusion_attn.distill.sources import DataError
 from diffusion_attn.methods.checkpoints import read_json
@@ -61,18 +62,16 @@ def make_data(
     try:
         _begin(output, settings)
         todo = [number for number in range(count) if not _picture(output, number).exists()]
-        options = {} if guidance is None else {"guidance_scale": guidance}
         with tqdm(total=count, initial=count - len(todo), desc="pictures", unit="picture", disable=quiet) as bar:
             for start in range(0, len(todo), batch):
                 numbers = todo[start : start + batch]
                 captions = [prompts[number % len(prompts)] for number in numbers]
                 images = pipe(
-                    prompt=captions,
+                    **call_arguments(pipe, captions, guidance),
                     width=size[0],
                     height=size[1],
                     num_inference_steps=steps,
                     generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
-                    **options,
                 ).images
                 for number, caption, image in zip(numbers, captions, images, strict=True):
                     _write(_picture(output, number), caption, image)

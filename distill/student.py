@@ -22,7 +22,7 @@ class Student(Method, Protocol):
         """The live tensors that the enabled model computes with."""
         ...
 
-    def attentions(self, unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    def attentions(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules, by name, whose outputs are to be the teacher's."""
         ...
 
@@ -35,19 +35,21 @@ class Student(Method, Protocol):
         ...
 
 
-def build_student(config: MethodConfig, unet: nn.Module) -> Student:
-    """The student of ``unet``, pinned to float32 whatever the teacher runs in: from given weights, else its own.
+def build_student(config: MethodConfig, denoiser: nn.Module) -> Student:
+    """The student of ``denoiser``, pinned to float32 whatever the teacher runs in: from given weights, else its own.
 
     Raises:
-        DiffusionAttnError: the weights cannot be loaded, or the method does not serve this UNet.
+        DiffusionAttnError: the weights cannot be loaded, or the method does not serve this denoiser.
     """
     method: Any = METHODS[config.name]
+    given = {"radius": config.radius, "down_factor": config.down_factor}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if config.weights is not None:
-        student = method.from_pretrained(config.weights)
-    elif config.mid_divisor == 1:
-        student = method.for_model(unet)
+        student = method.from_pretrained(config.weights, **options)
     else:
-        student = method.for_model(unet, mid_dim=lambda width: max(1, width // config.mid_divisor))
+        if config.mid_divisor > 1:
+            options["mid_dim"] = lambda width: max(1, width // config.mid_divisor)
+        student = method.for_model(denoiser, **options)
     return dataclasses.replace(student.to(torch.float32), dtype=torch.float32)
 
 

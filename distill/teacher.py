@@ -9,6 +9,7 @@ import torch
 
 from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
 from diffusion_attn.distill.config import ConfigError
+from diffusion_attn.distill.families import family_of
 from diffusion_attn.shapes import models
 
 
@@ -17,7 +18,7 @@ def load_teacher(name: str) -> Any:
 
     Raises:
         DiffusionAttnError: it cannot be loaded.
-        UnsupportedModelError: it is not a text-to-image pipeline of Stable Diffusion or SDXL.
+        UnsupportedModelError: it is not a text-to-image pipeline of Stable Diffusion, SDXL or FLUX.1.
     """
     from diffusers import DiffusionPipeline
 
@@ -41,36 +42,23 @@ def check_teacher(pipe: Any, name: str) -> None:
     """Make sure that a pipeline can be distilled.
 
     Raises:
-        UnsupportedModelError: it is not a text-to-image pipeline of Stable Diffusion or SDXL.
+        UnsupportedModelError: it is not a text-to-image pipeline of Stable Diffusion, SDXL or FLUX.1.
     """
-    from diffusers import UNet2DConditionModel
-
-    unet: Any = getattr(pipe, "unet", None)
-    vae: Any = getattr(pipe, "vae", None)
-    serves = isinstance(unet, UNet2DConditionModel) and vae is not None and hasattr(pipe, "encode_prompt")
-    fits = (
-        serves
-        and unet.config.in_channels == unet.config.out_channels == vae.config.latent_channels
-        and unet.config.addition_embed_type in (None, "text_time")
-        and pipe.scheduler.config.get("prediction_type") in ("epsilon", "v_prediction")
-        and "beta_schedule" in pipe.scheduler.config
-    )
-    if not fits:
+    if not family_of(pipe).serves():
         raise UnsupportedModelError(
             f"model.name={name!r} is a {type(pipe).__name__}: expected a text-to-image pipeline with a UNet that "
-            "predicts noise or velocity (Stable Diffusion 1.x, 2.x, SDXL); give one of these."
+            "predicts noise or velocity (Stable Diffusion 1.x, 2.x, SDXL), or FLUX.1's; give one of these."
         )
 
 
 def native_size(pipe: Any) -> int:
     """Side in pixels of the pictures that the model was trained on."""
-    cells = pipe.unet.config.sample_size
-    return (cells if isinstance(cells, int) else min(cells)) * pipe.vae_scale_factor
+    return family_of(pipe).native_size()
 
 
 def size_step(pipe: Any) -> int:
-    """What sides of pictures have to be multiples of, in pixels: one cell of the UNet's lowest level."""
-    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    """What sides of pictures have to be multiples of, in pixels."""
+    return family_of(pipe).size_step()
 
 
 def training_size(pipe: Any, asked: int | None) -> int:
@@ -95,16 +83,23 @@ class NoiseSchedule:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        from diffusers import DDPMScheduler
+        from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-        schedule = DDPMScheduler.from_config(scheduler.config)
-        self.prediction_type: str = schedule.config.prediction_type
-        self.alphas: torch.Tensor = schedule.alphas_cumprod.float()
+        if "beta_schedule" in scheduler.config:
+            schedule = DDPMScheduler.from_config(scheduler.config)
+            self.prediction_type: str = schedule.config.prediction_type
+            alphas = schedule.alphas_cumprod.float()
+            self.signals, self.sigmas = alphas.sqrt(), (1 - alphas).sqrt()
+        else:
+            # As made: a shift that depends on the picture's size comes when one is drawn.
+            self.prediction_type = "flow"
+            self.sigmas = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas
+            self.signals = 1 - self.sigmas
 
     def __len__(self) -> int:
-        return len(self.alphas)
+        return len(self.sigmas)
 
     def at(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shares of signal and noise, ``(batch,)`` each, at ``timesteps``, ``(batch,)``."""
-        alphas = self.alphas.to(timesteps.device)[timesteps]
-        return alphas.sqrt(), (1 - alphas).sqrt()
+        """Shares of signal and noise, ``(batch,)`` each, at ``timesteps``, ``(batch,)``: places in the schedule."""
+        device = timesteps.device
+        return self.signals.to(device)[timesteps], self.sigmas.to(device)[timesteps]

@@ -29,6 +29,7 @@ from diffusion_attn.distill.config import ConfigError, DistillConfig, OptimConfi
 from diffusion_attn.distill.data import PictureData, ShapesData, load_batches
 from diffusion_attn.distill.draws import Draws
 from diffusion_attn.distill.encoding import Encoded, encode, encode_nothing
+from diffusion_attn.distill.families import denoiser_of, family_of
 from diffusion_attn.distill.features import Features
 from diffusion_attn.distill.sources import digest, find_pictures
 from diffusion_attn.distill.student import Student, StudentModel, build_student
@@ -82,15 +83,17 @@ class Distiller:
         main, device = accelerator.is_main_process, accelerator.device
 
         pipe = load_teacher(config.model.name)
-        student = build_student(config.method, pipe.unet).to(device)
+        denoiser = denoiser_of(pipe)
+        family_of(pipe).text_tokens(config.data.text_tokens)  # refused now, if it is
+        student = build_student(config.method, denoiser).to(device)
         with using(pipe, student):
             pass  # weights of another model are told now, not at the first step
         data, contents = self._open_data(pipe)
         self._freeze(pipe, device)
         empty = self._empty_conditions(pipe, data)
         noise_schedule = NoiseSchedule(pipe.scheduler)
-        layers = self._layers(student, pipe.unet)
-        validation = Validation(run, self.output / "pictures")
+        layers = self._layers(student, denoiser)
+        validation = Validation(run, self.output / "pictures", config.data.text_tokens)
 
         parameters = list(student.parameters())
         optimizer = build_optimizer(parameters, optim)
@@ -102,7 +105,7 @@ class Distiller:
             build_ema(parameters, optim.ema_decay),
             accelerator.scaler,
         )
-        model, stepper = accelerator.prepare(StudentModel(pipe.unet, student), optimizer)
+        model, stepper = accelerator.prepare(StudentModel(denoiser, student), optimizer)
         if run.resume and (last := self.checkpoints.last()):
             state.load(last)
         self.history = state.history
@@ -134,10 +137,10 @@ class Distiller:
                         config.data.caption_dropout,
                     )
                     share = draws.share(start, optim.micro_batch).to(device)
-                    call, target = denoiser_inputs(pipe, noise_schedule, encoded, empty, share)
-                    taught, expected = self._teach(accelerator, pipe.unet, layers, call)
+                    call, target = denoiser_inputs(pipe, noise_schedule, encoded, empty, share, config.model.guidance)
+                    taught, expected = self._teach(accelerator, denoiser, layers, call)
                     # Through the backward pass as well: gradient checkpointing runs the student there again.
-                    with accelerator.accumulate(model), using(pipe.unet, student):
+                    with accelerator.accumulate(model), using(denoiser, student):
                         with accelerator.autocast(), Features(layers) as features:
                             predicted = model(**call)
                         terms = self._terms(predicted, target, taught, features.outputs, expected)
@@ -204,7 +207,7 @@ class Distiller:
         if config.data.source == "cache":
             CachedData(config.data.path)
         self.pictures = None if config.data.source in ("cache", "shapes") else find_pictures(config.data)
-        if not run.resume and (self.checkpoints.last() or (self.output / "config.json").exists()):
+        if not run.resume and (self.checkpoints.last() or list(self.output.glob("*.safetensors"))):
             raise ConfigError(
                 f"run.output={run.output!r} holds a run already: expected an empty folder; add --resume to go on "
                 "with it, or choose another."
@@ -257,21 +260,22 @@ class Distiller:
         The autoencoder stays in float32: SDXL's overflows in half precision.
         """
         dtype = DTYPES[self.config.run.mixed_precision]
+        denoiser = denoiser_of(pipe)
         encodes = self.config.data.source != "cache" or self.config.run.validation_every is not None
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-                if name == "unet" or (encodes and name.startswith(("vae", "text_encoder"))):
+                if part is denoiser or (encodes and name.startswith(("vae", "text_encoder"))):
                     part.to(device, torch.float32 if name == "vae" else dtype)
         if self.config.run.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing()
 
-    def _layers(self, student: Student, unet: nn.Module) -> list[nn.Module]:
+    def _layers(self, student: Student, denoiser: nn.Module) -> list[nn.Module]:
         """The modules whose outputs are compared, none if that term has no weight."""
         loss = self.config.loss
-        found = [module for name, module in student.attentions(unet) if re.search(loss.layers, name)]
+        found = [module for name, module in student.attentions(denoiser) if re.search(loss.layers, name)]
         if loss.attention and not found:
-            names = ", ".join(name for name, _ in student.attentions(unet)[:3])
+            names = ", ".join(name for name, _ in student.attentions(denoiser)[:3])
             raise ConfigError(f"loss.layers={loss.layers!r} is found in no layer's name; there are {names}, ...")
         return found if loss.attention else []
 
@@ -289,10 +293,11 @@ class Distiller:
         return pictures, digest(self.pictures)
 
     def _empty_conditions(self, pipe: Any, data: Any) -> dict[str, torch.Tensor]:
-        """The conditions of the empty caption, ``(1, ...)`` each, on the UNet's device."""
-        device, dtype = pipe.unet.device, pipe.unet.dtype
+        """The conditions of the empty caption, ``(1, ...)`` each, on the denoiser's device."""
+        denoiser, text_tokens = denoiser_of(pipe), self.config.data.text_tokens
+        device, dtype = denoiser.device, denoiser.dtype
         with torch.no_grad():
-            found = data.empty() if isinstance(data, CachedData) else encode_nothing(pipe, device)
+            found = data.empty() if isinstance(data, CachedData) else encode_nothing(pipe, device, text_tokens)
         return {name: x.to(device, dtype) for name, x in found.items()}
 
     # ---- a step
@@ -300,18 +305,20 @@ class Distiller:
     @torch.no_grad()
     def _encode(self, pipe: Any, samples: list[Any], device: torch.device) -> Encoded:
         """A micro-batch of pictures, or of what a cache has of them."""
-        cached = isinstance(samples[0], Encoded)
-        encoded = Encoded.stack(samples) if cached else encode(pipe, samples, device)
-        return encoded.to(device, pipe.unet.dtype)
+        if isinstance(samples[0], Encoded):
+            encoded = Encoded.stack(samples)
+        else:
+            encoded = encode(pipe, samples, device, self.config.data.text_tokens)
+        return encoded.to(device, denoiser_of(pipe).dtype)
 
     def _teach(
-        self, accelerator: Accelerator, unet: Any, layers: list[nn.Module], call: dict[str, Any]
+        self, accelerator: Accelerator, denoiser: Any, layers: list[nn.Module], call: dict[str, Any]
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The teacher's prediction and attention outputs."""
         if not (self.config.loss.prediction or layers):
             return None, []
         with torch.no_grad(), accelerator.autocast(), Features(layers) as features:
-            return unet(**call, return_dict=False)[0], features.outputs
+            return denoiser(**call, return_dict=False)[0], features.outputs
 
     def _terms(
         self,
@@ -371,7 +378,8 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torc
         return torch.optim.AdamW(parameters, **options)
     from prodigyopt import Prodigy
 
-    return Prodigy(parameters, **options)
+    # Both on, as in CLEAR's training and diffusers' own scripts.
+    return Prodigy(parameters, **options, use_bias_correction=True, safeguard_warmup=True)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> Any:
@@ -410,7 +418,12 @@ def _shares(optim: OptimConfig, accelerator: Accelerator) -> range:
 
 @torch.no_grad()
 def denoiser_inputs(
-    pipe: Any, schedule: NoiseSchedule, encoded: Encoded, empty: dict[str, torch.Tensor], draws: Draws
+    pipe: Any,
+    schedule: NoiseSchedule,
+    encoded: Encoded,
+    empty: dict[str, torch.Tensor],
+    draws: Draws,
+    guidance: float | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """The arguments of the denoiser for a micro-batch, and what it should predict.
 
@@ -420,9 +433,12 @@ def denoiser_inputs(
         encoded: the micro-batch.
         empty: conditions of the empty caption, ``(1, ...)`` each.
         draws: the random part of the micro-batch.
+        guidance: see `ModelConfig`.
     """
-    clean = encoded.latents(draws.posterior, pipe.vae.config.scaling_factor)
+    family, autoencoder = family_of(pipe), pipe.vae.config
+    clean = encoded.latents(draws.posterior, autoencoder.scaling_factor, autoencoder.get("shift_factor"))
     signal, sigma = schedule.at(draws.timesteps)
-    noisy = losses.add_noise(clean, draws.noise, signal, sigma).to(pipe.unet.dtype)
+    noisy = losses.add_noise(clean, draws.noise, signal, sigma).to(denoiser_of(pipe).dtype)
     target = losses.denoising_target(schedule.prediction_type, clean, draws.noise, signal, sigma)
-    return {"sample": noisy, "timestep": draws.timesteps, **encoded.arguments(draws.dropped, empty)}, target
+    conditions = encoded.arguments(draws.dropped, empty)
+    return family.inputs(noisy, draws.timesteps, sigma, conditions, guidance), family.pack(target)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diffusion_attn.core.calls import call_arguments
 from diffusion_attn.core.enable import using
 from diffusion_attn.distill.config import RunConfig
+from diffusion_attn.distill.families import denoiser_of, family_of
 from diffusion_attn.distill.student import Student
 
 
@@ -22,10 +24,11 @@ class Validation:
     Args:
         config: prompts, steps and guidance.
         folder: where the grids go; made with the first one.
+        text_tokens: see `DataConfig`.
     """
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, folder: Path, text_tokens: int | None = None) -> None:
+        self.config, self.folder, self.text_tokens = config, folder, text_tokens
         self._teacher: list[Image.Image] | None = None
 
     def draw(self, pipe: Any, student: Student, step: int) -> None:
@@ -42,23 +45,26 @@ class Validation:
         os.replace(part, self.folder / f"step-{step:06d}.png")
 
     def _pictures(self, pipe: Any) -> list[Image.Image]:
-        config = self.config
-        options = {} if config.validation_guidance is None else {"guidance_scale": config.validation_guidance}
-        half = pipe.unet.dtype != torch.float32
+        config, family, denoiser = self.config, family_of(pipe), denoiser_of(pipe)
+        size = family.native_size()
+        length = {} if self.text_tokens is None else {"max_sequence_length": self.text_tokens}
+        half = denoiser.dtype != torch.float32
         pictures = []
         for number, prompt in enumerate(config.validation_prompts):
             noise = torch.Generator().manual_seed(config.seed + number)
-            with _quietly(pipe), torch.autocast(pipe.unet.device.type, pipe.unet.dtype, half):
+            with _quietly(pipe), torch.autocast(denoiser.device.type, denoiser.dtype, half):
                 latents = pipe(
-                    prompt,
+                    **{**call_arguments(pipe, [prompt], config.validation_guidance), **length},
+                    width=size,
+                    height=size,
                     num_inference_steps=config.validation_steps,
                     generator=noise,
                     output_type="latent",
-                    **options,
                 ).images
             # Here rather than in the pipeline, which has no way to run the autoencoder alone in float32.
             with torch.no_grad():
-                decoded = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
+                latents = family.unpack(latents.float(), size) / pipe.vae.config.scaling_factor
+                decoded = pipe.vae.decode(latents + (pipe.vae.config.get("shift_factor") or 0.0)).sample
             pictures += pipe.image_processor.postprocess(decoded)
         return pictures
 

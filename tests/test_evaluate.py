@@ -85,6 +85,35 @@ def test_pictures_are_those_that_generate_draws(model, student, prompts, tmp_pat
                 assert list(picture.convert("RGB").getdata()) == list(cells[column, row].convert("RGB").getdata())
 
 
+@pytest.mark.parametrize("guidance", ["1", "2"])
+def test_flux_and_its_students_are_measured(prompts, tmp_path, guidance):
+    """The teacher's column is what the pipeline draws: with guidance held against the empty prompt."""
+    pipe, folder = tiny.flux(guidance_embeds=False), tmp_path / "flux"
+    pipe.tokenizer_2.model_max_length = 16
+    pipe.save_pretrained(folder)
+    da.Clear.for_model(pipe.transformer, radius=3).save_pretrained(tmp_path / "student")
+    args = ("--method", "clear", "--student", str(tmp_path / "student"), "--prompts", prompts, "--size", "48")
+    code, result = evaluate(str(folder), tmp_path, *args, "--guidance", guidance)
+    assert code == 0 and result["likeness"]["psnr"] < 60
+    call = {"height": 48, "width": 48, "num_inference_steps": 2, "max_sequence_length": 16}
+    guided = {"negative_prompt": [""] * 3, "true_cfg_scale": float(guidance)}
+    noise = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    images = pipe(PROMPTS, generator=noise, **call, **guided).images
+    with Image.open(tmp_path / "out" / "evaluation.png") as grid:
+        for column, image in enumerate(images):
+            assert grid.crop((48 * column, 0, 48 * column + 48, 48)).tobytes() == image.tobytes()
+
+
+def test_each_method_has_a_teacher_of_its_own(monkeypatch, tmp_path):
+    """Without ``--teacher``; named before anything is loaded."""
+    asked = []
+    monkeypatch.setattr("diffusion_attn.cli.models.check_model", lambda model, option: asked.append(model) or 1 / 0)
+    monkeypatch.setattr("diffusion_attn.shapes.models.available", lambda: ["shapes-sd", "shapes-flux"])
+    for method in ("linfusion", "clear"):
+        assert main(["evaluate", "--method", method, "--device", "cpu", "--output", str(tmp_path / "out")]) == 2
+    assert asked == ["shapes-sd", "shapes-flux"]
+
+
 def test_a_student_that_is_the_teacher_is_told_as_such(model, tmp_path, prompts, monkeypatch):
     """With the method's processors out of force, nothing differs."""
     student = tmp_path / "same"

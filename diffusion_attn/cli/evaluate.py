@@ -28,7 +28,8 @@ from diffusion_attn.cli.request import (
     pick_dtype,
     read_prompts,
 )
-from diffusion_attn.core.enable import using
+from diffusion_attn.core.calls import call_arguments
+from diffusion_attn.core.enable import resolve, using
 from diffusion_attn.methods import METHODS
 from diffusion_attn.metrics.cost import measure
 from diffusion_attn.shapes import CaptionError, score
@@ -37,6 +38,7 @@ from diffusion_attn.shapes.scenes import sample_scenes
 
 _SHOWN = 8  # pictures of the grid
 _CAPTIONS = 200  # of an embedded model without --prompts
+_TEACHERS = {"linfusion": "shapes-sd", "clear": "shapes-flux"}  # without --teacher
 
 
 def add_arguments(parser: Any) -> None:
@@ -45,6 +47,7 @@ def add_arguments(parser: Any) -> None:
     add = parser.add_argument
     add("--student", type=str, metavar="ID_OR_FOLDER", help="weights of the method; by default the published ones")
     add_model_arguments(parser, "--teacher")
+    parser.set_defaults(teacher=None)  # it depends on the method
     add("--method", choices=with_weights(METHODS), default="linfusion", help="whose weights the student's are")
     add("--prompts", type=str, metavar="FILE", help="text file, one a line; by default held-out captions of shapes")
     add("--count", type=int, help=f"prompts, from the first; by default all, or {_CAPTIONS} captions of shapes")
@@ -68,41 +71,42 @@ def run(args: Any) -> int:
     if find_spec("torchmetrics") is None:
         raise CommandError("evaluate needs torchmetrics, which is not installed; pip install diffusion-attn[metrics].")
     check_numbers(args, {"count": 1, "steps": 1, "guidance": 0, "seed": 0, "batch": 1})
-    prompts = _prompts(args)
+    teacher = args.teacher or _TEACHERS[args.method]
+    prompts = _prompts(args, teacher)
     if args.fid is not None and len(prompts) < 2:
         raise CommandError(f"--fid {args.fid!r} compares sets of pictures; give two prompts or more.")
     size = None if args.size is None else parse_size(args.size)
     device = pick_device(args.device)
-    models.check_model(args.teacher, "--teacher")
+    models.check_model(teacher, "--teacher")
     output = Path(args.output).expanduser()
     files.prepare_folder(output)
     with silence(args.quiet):
         scorers = _scorers(args, device)
         kind: Any = METHODS[args.method]
         student = None if args.student is None else kind.from_pretrained(args.student)
-        pipe = models.load_model(args.teacher, pick_dtype(args.dtype, device), device, "--teacher")
+        pipe = models.load_model(teacher, pick_dtype(args.dtype, device), device, "--teacher")
         models.show_everything(pipe)
         pipe.set_progress_bar_config(disable=True)
         size = size or models.native_size(pipe)
         models.check_size(pipe, size)
         student = student or kind.for_pipeline(pipe)
-        guidance = models.guidance_of(pipe, args.teacher, args.guidance)
+        guidance = models.guidance_of(pipe, teacher, args.guidance)
         call = {
             "width": size[0],
             "height": size[1],
-            "num_inference_steps": args.steps or models.default_steps(pipe, args.teacher),
-            **({} if guidance is None else {"guidance_scale": guidance}),
+            "num_inference_steps": args.steps or models.default_steps(pipe, teacher),
         }
-        drawn = _draw(pipe, student, prompts, call, args)
+        drawn = _draw(pipe, student, prompts, guidance, call, args)
         result = {
-            "teacher": args.teacher,
+            "teacher": teacher,
             "student": args.student or "published",
             "method": args.method,
             "prompts": len(prompts),
             "seed": args.seed,
             "batch": args.batch,
-            "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+            "dtype": str(resolve(pipe)[1].dtype).removeprefix("torch."),
             "device": str(device),
+            "guidance_scale": guidance,
             **call,
             **_compare(drawn, prompts, scorers),
         }
@@ -113,12 +117,12 @@ def run(args: Any) -> int:
     return 0
 
 
-def _prompts(args: Any) -> list[str]:
+def _prompts(args: Any, teacher: str) -> list[str]:
     prompts = read_prompts(args.prompts)
     if args.prompts is None:
         from diffusion_attn.shapes.models import available
 
-        if args.teacher not in available():
+        if teacher not in available():
             raise CommandError("--prompts is needed: captions of shapes are for embedded models; give a text file.")
         return [caption(scene) for scene in sample_scenes(args.count or _CAPTIONS, args.seed, held_out=True)]
     if not prompts:
@@ -147,22 +151,25 @@ class _Drawn:
     peak_bytes: int = 0
 
 
-def _draw(pipe: Any, student: Any, prompts: Sequence[str], call: dict[str, Any], args: Any) -> dict[str, _Drawn]:
+def _draw(
+    pipe: Any, student: Any, prompts: Sequence[str], guidance: float | None, call: dict[str, Any], args: Any
+) -> dict[str, _Drawn]:
     """The prompts by teacher and student in turns, from the same seeds, so that both see the same machine."""
+    denoiser: Any = resolve(pipe)[1]
     drawn = {name: _Drawn() for name in ("teacher", "student")}
 
     def draw(name: str, start: int, **changes: Any) -> list[Image.Image]:
         part = list(prompts[start : start + args.batch])
         noise = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(part))]
         with using(pipe, student) if name == "student" else nullcontext():
-            return pipe(prompt=part, generator=noise, **{**call, **changes}).images
+            return pipe(**call_arguments(pipe, part, guidance), generator=noise, **{**call, **changes}).images
 
     for name in drawn:
         draw(name, 0, num_inference_steps=1)  # what a first run pays for, such as compiling kernels, would count
     with tqdm(total=len(prompts), desc="prompts", unit="prompt", disable=args.quiet) as bar:
         for start in range(0, len(prompts), args.batch):
             for name, one in drawn.items():
-                with measure(pipe.unet.device) as cost, _steps_timed(pipe.unet) as steps:
+                with measure(denoiser.device) as cost, _steps_timed(denoiser) as steps:
                     images = draw(name, start)
                 one.images += images
                 if len(images) == min(args.batch, len(prompts)):  # the last batch may be smaller
