@@ -358,6 +358,8 @@ def test_guidance_where_it_is_no_input_is_held_against_the_empty_prompt():
     assert guided["negative_prompt"] == ["", ""] and guided["true_cfg_scale"] == 2.0
     assert "guidance_scale" not in guided and "true_cfg_scale" not in call_arguments(pipe, ["a"], 1.0)
     assert call_arguments(tiny.flux(), ["a"], 2.0)["guidance_scale"] == 2.0
+    assert models.guidance_of(pipe, "schnell", None) == 1.0 and models.guidance_of(pipe, "schnell", 2.0) == 2.0
+    assert models.guidance_of(tiny.flux(), "dev", None) == 3.5
 
 
 # ---- comparing

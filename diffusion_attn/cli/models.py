@@ -134,7 +134,11 @@ def guidance_of(pipe: Any, model: str, asked: float | None) -> float | None:
         raise CommandError(f"--guidance {asked}: a {type(pipe).__name__} takes no guidance scale; leave it out.")
     if asked is not None or parameter is None:
         return asked
-    return _EMBEDDED_GUIDANCE if _is_embedded(model) else parameter.default
+    if _is_embedded(model):
+        return _EMBEDDED_GUIDANCE
+    # Without that input (FLUX.1-schnell) guidance costs a second evaluation, which nobody has asked for.
+    takes_it = getattr(pipe, "transformer", None) is None or pipe.transformer.config.get("guidance_embeds", True)
+    return parameter.default if takes_it else 1.0
 
 
 def _is_embedded(model: str) -> bool:

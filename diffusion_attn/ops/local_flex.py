@@ -72,8 +72,8 @@ def attend_flex(
 def _compiled() -> Callable[..., torch.Tensor]:
     """One function for all layers; it is compiled again for other shapes, scales and dtypes.
 
-    In full: past dynamo's limit of recompilations it raises rather than computing all pairs. Eight, the usual limit, are
-    used up by a few sizes of pictures and lengths of prompts.
+    In full: past dynamo's limit of recompilations it raises rather than computing all pairs. Eight, the usual limit,
+    are used up by a few sizes of pictures and lengths of prompts.
     """
     many: Any = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
     from torch.nn.attention.flex_attention import flex_attention
