@@ -57,7 +57,7 @@ def main() -> None:
     image = pipe(height=first, width=first, **call, **common).images[0]
     image.save(args.output / f"{first}.png")
 
-    refine = FluxImg2ImgPipeline.from_pipe(pipe)
+    refine = FluxImg2ImgPipeline.from_pipe(pipe, dtype=pipe.dtype)
     refine.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False, shift=3.0)
     refine.vae.enable_tiling()
     call = call_arguments(refine, [args.prompt], args.refine_guidance)

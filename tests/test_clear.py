@@ -12,6 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import diffusion_attn as da
@@ -307,6 +308,10 @@ def test_radius_and_down_factor_come_from_the_name_or_are_asked_for(tmp_path):
     assert da.Clear.from_pretrained(other, radius=5).radius == 5
     with pytest.raises(ValueError, match="radius is needed"):
         da.Clear.from_pretrained("Huage001/CLEAR")
+    with pytest.raises(da.CheckpointFormatError, match="there is no file"):
+        da.Clear.from_pretrained(tmp_path / "clear_local_9.safetensors")
+    with pytest.raises(ValueError, match="down_factor=0"):
+        da.Clear.from_pretrained(other, radius=5, down_factor=0)
     with pytest.raises(TypeError, match="fast"):
         da.Clear.from_pretrained(other, radius=5, fast=True)
     with pytest.raises(ValueError, match="down_factor=3"):
@@ -380,6 +385,8 @@ def test_ids_in_half_precision_are_read():
     assert read_grid(ids_of((300, 270)).bfloat16()) == ((300, 270), None)
     assert read_grid(ids_of((3, 700)).half())[0] == (3, 700)
     assert read_grid(ids_of((4, 6)) * 0.5 + 0.25) == ((4, 6), None)
+    with pytest.raises(da.GridError, match="not one full grid"):
+        read_grid(torch.zeros(24, 3))
 
 
 def test_other_models_and_methods_are_refused():
@@ -396,11 +403,95 @@ def test_a_part_on_its_own_says_so():
     da.enable(model, da.Clear(4))
     with pytest.raises(da.DiffusionAttnError, match="called on its own"):
         model.transformer_blocks[0].attn(noise(1, 16, 32), noise(1, 5, 32))
-    processor = model.transformer_blocks[0].attn.processor
+    call(model, (8, 12))
+    with pytest.raises(da.DiffusionAttnError, match="called on its own"):
+        model.transformer_blocks[0].attn(noise(1, 16, 32), noise(1, 5, 32))
+
+
+def test_who_brings_a_processor_back_is_told():
+    """SD3's ``unfuse_qkv_projections`` does, and so may the user."""
+    model = tiny.transformer()
+    da.enable(model, da.Clear(4))
+    call(model, (8, 12))
+    kept = model.attn_processors
     da.disable(model)
-    model.transformer_blocks[0].attn.set_processor(type(processor)())
+    model.set_attn_processor(kept)
     with pytest.raises(da.UnsupportedModelError, match="without its rule"):
         call(model, (8, 12))
+    with pytest.raises(da.MethodConflictError, match="ClearProcessor"):
+        da.enable(model, da.Clear(4))
+
+
+def test_passes_may_interleave_under_gradient_checkpointing():
+    """The backward pass runs layers of a call again after the model has seen other sizes and lengths."""
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny.transformer().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        da.enable(model, da.Clear(3))
+        total = 0
+        for grid, text in (((8, 12), 5), ((12, 8), 5), ((6, 10), 9)):
+            output = model(
+                noise(1, grid[0] * grid[1], 16),
+                noise(1, text, 12),
+                noise(1, 12),
+                torch.tensor([0.9]),
+                ids_of(grid),
+                torch.zeros(text, 3),
+                torch.tensor([3.5]),
+            ).sample
+            total = total + output.square().mean()
+            call(model, (16, 4))
+        total.backward()
+        grads.append(model.x_embedder.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_blocks_that_were_replaced_by_compiled_ones_are_found(monkeypatch):
+    model, method = tiny.transformer(), trained()
+    da.enable(model, method)
+    expected = call(model, (8, 12))
+    da.disable(model)
+    for blocks in (model.transformer_blocks, model.single_transformer_blocks):
+        for index, block in enumerate(blocks):
+            blocks[index] = torch.compile(block, backend="eager")
+    assert len(da.enable(model, method).layers["clear"]) == 4
+    torch.testing.assert_close(call(model, (8, 12)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_diffusers_sets_meanwhile_goes_back_with_the_processors():
+    model = tiny.transformer()
+    da.enable(model, da.Clear(4))
+    for processor in model.attn_processors.values():
+        processor._attention_backend = "_native_math"
+    da.enable(model, da.Clear(5))
+    assert {p._attention_backend for p in model.attn_processors.values()} == {"_native_math"}
+    da.disable(model)
+    assert {p._attention_backend for p in model.attn_processors.values()} == {"_native_math"}
+
+
+def test_lora_on_sd3_whose_projections_were_fused_and_taken_apart():
+    def lora(model):
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False))
+
+    pipe = tiny.sd3(dual_attention_layers=())
+    pipe.transformer.fuse_qkv_projections()
+    pipe.transformer.unfuse_qkv_projections()
+    lora(pipe.transformer)
+    plain = tiny.run(pipe, steps=2)
+    da.enable(pipe, da.Clear(99))
+    torch.testing.assert_close(tiny.run(pipe, steps=2), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_fused_loras_are_refused_when_weights_are_enabled():
+    model = tiny.transformer()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    model.fuse_lora()
+    with pytest.raises(da.UnsupportedModelError, match="unfuse_lora"):
+        da.enable(model, trained())
+    da.enable(model, da.Clear(4))  # the rule alone computes with the model's projections
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

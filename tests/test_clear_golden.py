@@ -15,7 +15,7 @@ from diffusion_attn.distill.features import Features
 from diffusion_attn.methods.clear.layers import ClearLayer
 from diffusion_attn.methods.clear.processor import ClearProcessor
 from diffusion_attn.methods.clear.rule import Rule
-from diffusion_attn.methods.clear.tokens import TokenReader, Tokens, find_cells
+from diffusion_attn.methods.clear.tokens import Tokens, find_cells
 from tests.golden.seeded import seed_parameters, seeded_tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "clear"
@@ -67,14 +67,14 @@ def test_layers(case, backend):
         noise = seeded_tensor(case["spatial_weight"], case["spatial_weight_shape"])
         layer.spatial_weight.copy_(factor**-2 + 0.5 * factor**-2 * noise)
     rule = Rule(case["radius"], factor, case["proportional"], backend)
-    reader = TokenReader(rule, case["head_dim"])
-    reader.read = Tokens(case["text_tokens"], grid, cells=find_cells(grid, factor, False, None) if factor > 1 else None)
+    cells = find_cells(grid, factor, False, None) if factor > 1 else None
+    tokens = Tokens(case["text_tokens"], grid, cells=cells)
     sequence = case["text_tokens"] + grid[0] * grid[1]
     assert rule.scale(case["head_dim"], sequence) == pytest.approx(case["attention_scale"])
-    attn.set_processor(ClearProcessor(rule, reader, layer))
+    attn.set_processor(ClearProcessor(rule, layer))
     theta = 10000 * case.get("ntk_factor", 1)
     rotary = FluxPosEmbed(theta, case["axes_dims_rope"])(ids(case)) if case["rope"] else None
-    output = attn(**inputs(case), image_rotary_emb=rotary)
+    output = attn(**inputs(case), image_rotary_emb=rotary, local_tokens=tokens)
     names = list(case["outputs"])
     compare(case, dict(zip(names, output if isinstance(output, tuple) else [output], strict=True)))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from diffusion_attn.core.context import StepContext
@@ -122,6 +123,7 @@ class Attachment:
             raise errors[0]
 
 
+@torch.inference_mode(False)
 def _map(module: nn.Module) -> None:
     """Have the parameters of ``module`` in a file instead of in memory."""
     from safetensors.torch import load_file, save_file
@@ -138,6 +140,9 @@ def _map(module: nn.Module) -> None:
         parameter.data = mapped[name]
 
 
+@torch.inference_mode(False)
 def _bring_back(module: nn.Module, denoiser: Any) -> None:
     for parameter in module.parameters():
+        if parameter.is_meta:  # an offloading hook has taken it over
+            continue
         parameter.data = parameter.data.to(denoiser.device, copy=True)

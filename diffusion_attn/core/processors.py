@@ -22,13 +22,18 @@ _EXACT = {
 """Classes of diffusers that are the same attention computed in different ways."""
 
 
+_EXACT_WITHOUT_OP = {"JointAttnProcessor", "UNetAttnProcessor"}
+"""Classes of ours that are stock attention as long as they are given no op."""
+
+
 def check_exact(name: str, processor: Any) -> None:
     """Make sure that nothing is lost when the ``processor`` of the layer ``name`` is replaced.
 
     Raises:
         MethodConflictError: it is not one of the ways to compute stock attention.
     """
-    if type(processor).__name__ in _EXACT or getattr(processor, "op", processor) is None:
+    kind = type(processor).__name__
+    if kind in _EXACT or (kind in _EXACT_WITHOUT_OP and processor.op is None):
         return
     raise MethodConflictError(
         f"{name} has the processor {type(processor).__name__}, which is more than stock attention: a method of "
@@ -48,6 +53,9 @@ class HeldProcessor:
 
     def __post_init__(self) -> None:
         self.original = self.attn.processor
+        for name in ("_attention_backend", "_parallel_config"):
+            if hasattr(self.original, name) and hasattr(self.processor, name):
+                setattr(self.processor, name, getattr(self.original, name))
 
     def set(self) -> None:
         """Put the processor in its place."""
@@ -69,6 +77,13 @@ class HeldProcessor:
         self.set()
 
     def release(self) -> None:
-        """Give back the processor that was there, unless somebody has set another one since."""
+        """Give back the processor that was there, unless somebody has set another one since.
+
+        What diffusers has set on this one since, its attention backend and how the model is parallel, goes with it.
+        """
+        for name in ("_attention_backend", "_parallel_config"):
+            value = getattr(self.processor, name, None)
+            if hasattr(self.original, name) and getattr(self.original, name) is not value:
+                setattr(self.original, name, value)
         if type(self.attn.processor) is type(self.processor):
             self.attn.set_processor(self.original)

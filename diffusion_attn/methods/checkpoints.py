@@ -13,6 +13,9 @@ import torch
 
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""The usual name of the weights in a published folder."""
+
 EMBEDDED = Path(__file__).parents[1] / "shapes" / "models"
 """Weights for embedded models, one folder each."""
 
@@ -131,13 +134,12 @@ def write_folder(
     folder: str | os.PathLike[str],
     tensors: Mapping[str, torch.Tensor],
     files: Mapping[str, str],
-    weights: str | None = None,
+    weights: str = WEIGHTS,
 ) -> None:
-    """Write ``tensors`` as the file ``weights`` (by default `WEIGHTS`) and text ``files`` into a folder.
+    """Write ``tensors`` as the file ``weights`` and text ``files`` into a folder.
 
     Each appears as a whole or not at all.
     """
-    weights = weights or WEIGHTS
     from safetensors.torch import save_file
 
     folder = Path(folder).expanduser()
@@ -152,10 +154,6 @@ def write_folder(
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-"""The name of the weights in a published folder."""
 
 
 def _some(names: list[str], count: int = 4) -> str:

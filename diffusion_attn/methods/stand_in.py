@@ -90,6 +90,7 @@ class Substitute:
         return self.own(args[0])
 
 
+@torch.inference_mode(False)  # or weights that are cast inside it could never be trained
 def place_layer(
     attachment: Attachment,
     denoiser: Any,
@@ -139,13 +140,16 @@ def base_layer(module: Any) -> Any:
 
 
 def check_projections(name: str, attn: Any, linears: Iterable[str], method: str) -> None:
-    """Make sure that an attention module's projections are plain ones.
+    """Make sure that an attention module's projections are plain ones, with nothing around them but LoRAs.
 
     Raises:
-        UnsupportedModelError: one is quantised.
+        UnsupportedModelError: one is quantised, or a LoRA is fused into it, or a DoRA.
     """
     for part in linears:
-        base = base_layer(attn.get_submodule(part))
+        outer = attn.get_submodule(part)
+        base = base_layer(outer)
+        if base is not outer:
+            check_adapter(outer, method)
         weight: Any = getattr(base, "weight", None)
         plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor)
         if not plain or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:

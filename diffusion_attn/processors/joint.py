@@ -57,7 +57,7 @@ class JointAttnProcessor:
 
             rotary: Any = image_rotary_emb
             query, key = (cast(torch.Tensor, apply_rotary_emb(x, rotary, sequence_dim=1)) for x in (query, key))
-        out = self.attend(attn, query, key, value, attention_mask).flatten(2, 3).to(query.dtype)
+        out = self.attend(attn, query, key, value, attention_mask, **kwargs).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return self.project_out(attn, out)
         text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
@@ -73,7 +73,7 @@ class JointAttnProcessor:
         query, key = _normalised(attn.norm_q, query), _normalised(attn.norm_k, key)
         if text is None:
             return query, key, value
-        if attn.fused_projections and hasattr(attn, "to_added_qkv"):
+        if _is_fused(attn):
             projected = attn.to_added_qkv(text).chunk(3, dim=-1)
         else:
             projected = (attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
@@ -88,7 +88,7 @@ class JointAttnProcessor:
 
     def project_hidden(self, attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value of the main stream, ``(batch, tokens, heads * head_dim)`` each."""
-        if attn.fused_projections:
+        if _is_fused(attn):
             return attn.to_qkv(hidden).chunk(3, dim=-1)
         return attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)
 
@@ -99,6 +99,7 @@ class JointAttnProcessor:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """``(batch, tokens, heads, head_dim)`` from the same: through the op, or exact without one."""
         if self.op is None:
@@ -135,6 +136,13 @@ class JointAttnProcessor:
         # FLUX knows its head_dim: under tensor parallelism a device has only some of the heads.
         head_dim = getattr(attn, "head_dim", None) or projected[1].shape[-1] // attn.heads
         return [x.unflatten(-1, (-1, head_dim)) for x in projected]
+
+
+def _is_fused(attn: Any) -> bool:
+    """Whether to use the fused projections. SD3's attention keeps them, and the mark, when they are taken off again."""
+    from diffusers.models.attention_processor import Attention
+
+    return attn.fused_projections and not isinstance(attn, Attention)
 
 
 def _has_no_output(attn: Any) -> bool:

@@ -60,7 +60,8 @@ def linears(attn: nn.Module) -> list[str]:
 
 def attentions(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``(name, attention module)`` of all attention layers of a transformer, in the published order."""
-    for name, module in transformer.named_modules():
+    for path, module in transformer.named_modules():
+        name = path.replace("._orig_mod", "")  # a block may have been replaced by its compiled self
         if LAYER.fullmatch(f"{name}.x") and hasattr(module, "to_q"):
             yield name, module
 
@@ -102,7 +103,9 @@ class ClearWeights(nn.ModuleDict):
                 unknown.append(key)
             else:
                 found[match[1]][match[2]] = tensor
-        if unknown or not found:
+        if not tensors:
+            raise CheckpointFormatError(f"{what}: there are no tensors; get the file again.")
+        if unknown:
             raise CheckpointFormatError(
                 f"{what}: {len(unknown)} keys are not CLEAR's ({', '.join(unknown[:4])}), {len(found)} layers "
                 "are there; give a file of the published format, keys like transformer_blocks.0.attn.to_q.weight."

@@ -107,7 +107,8 @@ class Clear:
         """
         own = {option.name for option in fields(cls)} - {"weights", "source", "dtype", "radius", "down_factor"}
         hub = {name: options.pop(name) for name in list(options) if name not in own}
-        cls(radius or 1, down_factor or 1, **options)  # what is wrong with options shows before anything is loaded
+        # What is wrong with options shows before anything is loaded.
+        cls(1 if radius is None else radius, 1 if down_factor is None else down_factor, **options)
         checkpoints.check_hub_options(hub)
         path, radius, expected = _find(id_or_file, radius, down_factor, hub)
         tensors = checkpoints.read_tensors(path)
@@ -127,7 +128,7 @@ class Clear:
 
         Args:
             pipe: a pipeline or transformer.
-            radius: as published; by default 16 for FLUX.1, for the embedded model that of its weights.
+            radius: as published; by default 16 for FLUX.1.
             down_factor: as published.
             options: as for `from_pretrained`.
 
@@ -140,11 +141,12 @@ class Clear:
         structure = tuple(config.get(name) for name in ("num_layers", "num_single_layers", "num_attention_heads"))
         if structure not in BASES:
             raise UnsupportedModelError(
-                f"no published CLEAR weights belong to this {type(transformer).__name__} of {structure[0]} and "
-                f"{structure[1]} layers; use Clear(radius=...) for the rule alone, or distil weights (Clear.for_model)."
+                f"no published CLEAR weights belong to this {type(transformer).__name__}, of "
+                f"{sum(1 for _ in attentions(transformer))} attention layers; use Clear(radius=...) for the rule "
+                "alone, or distil weights (Clear.for_model)."
             )
         source, usual = BASES[structure]
-        return cls.from_pretrained(source, radius or usual, down_factor, **options)
+        return cls.from_pretrained(source, usual if radius is None else radius, down_factor, **options)
 
     @classmethod
     def for_model(cls, transformer: Any, radius: int = 16, down_factor: int = 1, **options: Any) -> Clear:
@@ -241,7 +243,7 @@ class Clear:
         if self.weights is not None:
             self._check_weights(layers, type(transformer).__name__)
         for name, attn in layers.items():
-            if not isinstance(attn.processor, ClearProcessor):
+            if getattr(attn.processor, "rule", None) is None:  # else this is in force, and about to be replaced
                 check_exact(name, attn.processor)
         return Plan(list(layers), _Install(self, transformer), frozenset(layers), "leave Clear out", reads_steps=False)
 
@@ -250,18 +252,17 @@ class Clear:
         return list(attentions(transformer))
 
     def _check_weights(self, layers: dict[str, nn.Module], model: str) -> None:
+        for name, attn in layers.items():
+            check_projections(name, attn, linears(attn), "Clear")
         with torch.device("meta"):
             fitting = ClearWeights.of((name, ClearLayer.like(attn, self.down_factor)) for name, attn in layers.items())
         checkpoints.check_tensors(self.state_dict(), fitting.published(), f"CLEAR weights for this {model}")
-        for name, attn in layers.items():
-            check_projections(name, attn, linears(attn), "Clear")
 
 
 BASES: dict[tuple[Any, ...], tuple[str, int]] = {
     (19, 38, 24): ("Huage001/CLEAR", 16),
-    (3, 6, 6): ("shapes-clear", 4),
 }
-"""Published weights and their usual radius by (double, single) layers and heads; the last are the embedded model's."""
+"""Published weights and their usual radius by (double, single) layers and heads."""
 
 
 @dataclass(frozen=True)
@@ -284,9 +285,7 @@ class _Install:
             layer = own.get(name)
             if layer is not None:
                 place_layer(attachment, transformer, attn, layer, linears(attn), method.dtype, method.base_weights)
-            processor = ClearProcessor(rule, reader, layer, pinned, parked)
-            # set_attention_backend stays in force where attention is exact.
-            processor._attention_backend = getattr(attn.processor, "_attention_backend", None)
+            processor = ClearProcessor(rule, layer, pinned, parked)
             attachment.when_undone(processor.forget)
             attachment.process(name, attn, processor)
 
@@ -323,6 +322,8 @@ def _find(
             )
         path = files[0]
     if not path.is_file():
+        if path.suffix == ".safetensors":
+            raise CheckpointFormatError(f"there is no file {str(id_or_file)!r}; give one that is there, or a Hub id.")
         if radius is None:
             raise ValueError(
                 f"radius is needed to choose among the files of {str(id_or_file)!r}; give radius=, 8, 16 or 32 as "

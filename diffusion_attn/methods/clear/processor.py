@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from diffusion_attn.core.errors import GridError, UnsupportedModelError
+from diffusion_attn.core.errors import DiffusionAttnError, GridError, UnsupportedModelError
 from diffusion_attn.methods.clear.layers import ClearLayer
 from diffusion_attn.methods.clear.rule import Rule
-from diffusion_attn.methods.clear.tokens import TokenReader, Tokens
+from diffusion_attn.methods.clear.tokens import Tokens
 from diffusion_attn.methods.stand_in import StandIn
 from diffusion_attn.ops.local_attention import local_attention
 from diffusion_attn.ops.local_rule import Disc
@@ -17,7 +17,7 @@ from diffusion_attn.processors.joint import JointAttnProcessor
 
 
 class ClearProcessor(StandIn, JointAttnProcessor):
-    """Local attention after ``rule`` over the tokens that ``reader`` has read.
+    """Local attention after ``rule`` over the tokens that come with the call (`tokens.hand_on`).
 
     Loaders that rebuild processors from their class make one without arguments; `enable` keeps the real one in place.
     """
@@ -25,18 +25,42 @@ class ClearProcessor(StandIn, JointAttnProcessor):
     def __init__(
         self,
         rule: Rule | None = None,
-        reader: TokenReader | None = None,
         layer: ClearLayer | None = None,
         pinned: bool = False,
         parked: bool = False,
     ) -> None:
         super().__init__()
-        self.rule, self.reader, self.has_layer = rule, reader, layer is not None
+        self.rule = rule
         self.stand_in(layer, "Clear", pinned, parked)
+
+    def __call__(
+        self, attn: Any, *args: Any, local_tokens: Tokens | None = None, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As the stock processors, with what a `TokenReader` has read.
+
+        Raises:
+            DiffusionAttnError: there are no tokens, or the processor is no longer in force.
+        """
+        if self.rule is None:
+            raise UnsupportedModelError(
+                "a Clear processor without its rule was called: it was made by hand or by a loader, or kept after "
+                "disable(); enable Clear again, or set the stock processor."
+            )
+        if local_tokens is None:
+            raise DiffusionAttnError(
+                "a part of the transformer was called on its own while Clear is enabled on the whole; call the "
+                "transformer itself, or disable Clear first."
+            )
+        return super().__call__(attn, *args, local_tokens=local_tokens, **kwargs)
+
+    def forget(self) -> None:
+        """Let go of layer and rule: who still holds this processor after `disable` must not compute with it."""
+        super().forget()
+        self.rule = None
 
     def project_hidden(self, attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value of the main stream by the layer's projections, or the model's."""
-        if not self.has_layer:
+        if self.layer is None:
             return super().project_hidden(attn, hidden)
         layer = self.ready(hidden)
         pairs = ((getattr(attn, name), getattr(layer, name)) for name in ("to_q", "to_k", "to_v"))
@@ -44,7 +68,7 @@ class ClearProcessor(StandIn, JointAttnProcessor):
 
     def project_out(self, attn: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The output projection of the main stream by the layer, or the model."""
-        if not self.has_layer or getattr(attn, "to_out", None) is None:
+        if self.layer is None or getattr(attn, "to_out", None) is None:
             return super().project_out(attn, hidden)
         return attn.to_out[1](self.through(attn.to_out[0], self.ready(hidden).to_out[0], hidden))
 
@@ -55,13 +79,12 @@ class ClearProcessor(StandIn, JointAttnProcessor):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        local_tokens: Tokens | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Local attention; exact by the backend that is set where the disc covers the image."""
-        if self.rule is None or self.reader is None:
-            raise UnsupportedModelError(
-                "a Clear processor without its rule was called: it was made by hand or by a loader after disable(); "
-                "enable Clear again, or set the stock processor."
-            )
+        rule, now = self.rule, local_tokens
+        assert rule is not None and now is not None
         if self._parallel_config is not None:
             raise UnsupportedModelError(
                 "context parallelism gives each device a part of the tokens, and local attention needs the whole grid; "
@@ -72,7 +95,6 @@ class ClearProcessor(StandIn, JointAttnProcessor):
                 "an attention mask arrived at a layer of local attention, which knows no masks; drop it, or disable "
                 "Clear."
             )
-        rule, now = self.rule, self.reader.now
         image = now.grid[0] * now.grid[1]
         text = now.text if query.shape[1] != image else 0
         if query.shape[1] != text + image:
@@ -108,7 +130,7 @@ class ClearProcessor(StandIn, JointAttnProcessor):
             return None, None
         index = (now.cells + text).flatten()
         in_cells = (x.index_select(2, index).unflatten(2, now.cells.shape) for x in (key, value))
-        if not self.has_layer:
+        if self.layer is None:
             pooled_key, pooled_value = (x.mean(dim=3) for x in in_cells)
         else:
             weight = self.ready(key).spatial_weight.flatten().to(key.dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_attn.core.errors import DiffusionAttnError, GridError, UnsupportedModelError
+from diffusion_attn.core.errors import GridError, UnsupportedModelError
 from diffusion_attn.core.method import Attachment
 from diffusion_attn.core.session import bind_call
 from diffusion_attn.methods.clear.rule import Rule
@@ -41,7 +41,7 @@ class Tokens:
     cells: torch.Tensor | None = None
 
     def arrange(self, x: Any) -> Any:
-        """``(batch, image tokens, channels)``, or several of them, from the caller's order into the model's."""
+        """``(batch, image tokens, channels)``, or several, or ``None``, from the caller's order into the model's."""
         if x is None or self.order is None:
             return x
         if not isinstance(x, torch.Tensor):
@@ -63,22 +63,7 @@ class TokenReader:
 
     def __init__(self, rule: Rule, head_dim: int) -> None:
         self.rule, self.head_dim = rule, head_dim
-        # Kept after the pass: with gradient checkpointing the backward pass runs layers again.
-        self.read: Tokens | None = None
-
-    @property
-    def now(self) -> Tokens:
-        """Of the forward pass in progress.
-
-        Raises:
-            DiffusionAttnError: there has been none.
-        """
-        if self.read is None:
-            raise DiffusionAttnError(
-                "a part of the transformer was called on its own while Clear is enabled on the whole; call the "
-                "transformer itself, or disable Clear first."
-            )
-        return self.read
+        self.now = Tokens(0, (0, 0))  # of the forward pass in progress
 
     def install(self, attachment: Attachment, transformer: nn.Module) -> None:
         """Register the hooks."""
@@ -109,28 +94,37 @@ class FluxTokens(TokenReader):
         attachment.after(transformer, self.leave)
 
     @torch.compiler.disable
-    def enter(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def enter(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook."""
         call = bind_call(transformer, args, kwargs)
         image_ids, text_ids = (call[name] for name in ("img_ids", "txt_ids"))
         image_ids = image_ids[0] if image_ids.ndim == 3 else image_ids
         grid, raster = read_grid(image_ids)
-        tokens = self.read = self._tokens(text_ids.shape[-2], grid, raster, call["hidden_states"])
-        if tokens.order is None:
-            return None
+        tokens = self.now = self._tokens(text_ids.shape[-2], grid, raster, call["hidden_states"])
         arranged = {name: tokens.arrange(call[name]) for name in _PER_TOKEN if name in call}
-        return (), {**call, "img_ids": tokens.arrange(image_ids), **arranged}
+        return (), hand_on(tokens, {**call, "img_ids": tokens.arrange(image_ids), **arranged})
 
     @torch.compiler.disable
     def leave(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook."""
-        if self.now.order is None:
-            return None
         sample = self.now.restore(output[0])
         return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
 
 
 _PER_TOKEN = ("hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
+
+
+def hand_on(tokens: Tokens, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, with which every layer is given ``tokens``.
+
+    They go with the call, not into the model: with gradient checkpointing the backward pass runs layers again, when the
+    model may have seen other calls.
+    """
+    return {**call, KWARGS: {**(call.get(KWARGS) or {}), "local_tokens": tokens}}
+
+
+KWARGS = "joint_attention_kwargs"
+"""The argument of both families that reaches their attention processors."""
 
 
 def read_grid(ids: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor | None]:
@@ -156,7 +150,9 @@ def read_grid(ids: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor | None]:
     width = int((rows == rows[0]).sum())
     if len(ids) % width == 0:
         lines, places = rows.view(-1, width), columns.view(-1, width)
-        rising = (lines.diff(dim=0) >= 0).all() and (places.diff(dim=1) >= 0).all()
+        steps = (lines[:, 0].diff(), places[0].diff())
+        below = (lines[:-1, 0].abs() < 256, places[0, :-1].abs() < 256)
+        rising = all(((step > 0) | ((step == 0) & ~low)).all() for step, low in zip(steps, below, strict=True))
         if rising and (lines == lines[:, :1]).all() and (places == places[:1]).all():
             return (len(ids) // width, width), None
     raise GridError(
@@ -175,16 +171,14 @@ class SD3Tokens(TokenReader):
         attachment.after(transformer.get_submodule("proj_out"), self.projected)
 
     @torch.compiler.disable
-    def enter(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def enter(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook."""
         call = bind_call(transformer, args, kwargs)
         latents, patch = call["hidden_states"], transformer.config.patch_size
         height, width = (side // patch for side in latents.shape[-2:])
-        tokens = self.read = self._tokens(call["encoder_hidden_states"].shape[1], (height, width), None, latents)
+        tokens = self.now = self._tokens(call["encoder_hidden_states"].shape[1], (height, width), None, latents)
         name = "block_controlnet_hidden_states"
-        if tokens.order is None or call.get(name) is None:
-            return None
-        return (), {**call, name: tokens.arrange(call[name])}
+        return (), hand_on(tokens, {**call, name: tokens.arrange(call.get(name))})
 
     @torch.compiler.disable
     def embedded(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
