@@ -239,6 +239,18 @@ def test_validation_pictures_are_drawn_and_change_nothing(distil, tmp_path, teac
     assert np.array_equal(np.asarray(image), grids[0][:64, :64])
 
 
+def test_tensorboard_is_told_every_term(distil, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    distil(run={"trackers": ["tensorboard"]})
+    told = EventAccumulator(str(tmp_path / "run" / "distill")).Reload()
+    assert {"loss", "target", "prediction", "attention", "lr", "pictures/s"} <= set(told.Tags()["scalars"])
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    steps = [event.step for event in told.Scalars("target")]
+    assert steps == [entry["step"] for entry in history]
+    assert [event.value for event in told.Scalars("target")] == pytest.approx([entry["target"] for entry in history])
+
+
 def test_other_ways_of_distributing_are_refused_before_anything_is_loaded(distil, monkeypatch):
     monkeypatch.setattr(trainer.Accelerator, "distributed_type", trainer.DistributedType.FSDP)
     with pytest.raises(ConfigError, match=r"FSDP.*--multi_gpu"):
