@@ -460,6 +460,27 @@ def test_blocks_that_were_replaced_by_compiled_ones_are_found(monkeypatch):
     torch.testing.assert_close(call(model, (8, 12)), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", [da.Clear(3), trained(4, 2)], ids=["rule", "pooled"])
+def test_compiled_blocks_serve_many_sizes(method):
+    """No more often than stock blocks, which compile once for a size and once for all others."""
+    model, reference = tiny.transformer(), tiny.transformer()
+    da.enable(reference, method)
+    counts = {}
+    for name in ("stock", "clear"):
+        torch.compiler.reset()
+        if name == "clear":
+            da.enable(model, method)
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        torch._dynamo.utils.counters.clear()
+        for height in range(4, 24, 2):
+            output = call(model, (height, 10))
+            if name == "clear":
+                torch.testing.assert_close(output, call(reference, (height, 10)), atol=1e-5, rtol=1e-4)
+        counts[name] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    assert counts["clear"] <= counts["stock"]
+
+
 def test_what_diffusers_sets_meanwhile_goes_back_with_the_processors():
     model = tiny.transformer()
     da.enable(model, da.Clear(4))

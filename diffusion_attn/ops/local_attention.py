@@ -56,8 +56,6 @@ def local_attention(
         RuntimeError: gradients of ``"flex"`` on a CPU, which has none.
     """
     _check(q, k, v, grid, radius, text_tokens, pooled_key, pooled_value, backend)
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return _uncompiled(q, k, v, list(grid), radius, text_tokens, pooled_key, pooled_value, scale, backend, tiled)
     disc = Disc((int(grid[0]), int(grid[1])), int(radius))
     if disc.covers and pooled_key is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -82,41 +80,6 @@ def local_attention(
         return image
     text = F.scaled_dot_product_attention(q[:, :, :text_tokens], k, v, scale=scale)
     return torch.cat([text, image], dim=2)
-
-
-@torch.library.custom_op("diffusion_attn::local_attention", mutates_args=())
-def _uncompiled(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    grid: list[int],
-    radius: int,
-    text_tokens: int,
-    pooled_key: torch.Tensor | None,
-    pooled_value: torch.Tensor | None,
-    scale: float | None,
-    backend: str,
-    tiled: bool,
-) -> torch.Tensor:
-    """`local_attention` as one operation to the compiler, which could not see through its plans."""
-    return local_attention(
-        q,
-        k,
-        v,
-        grid=(grid[0], grid[1]),
-        radius=radius,
-        text_tokens=text_tokens,
-        pooled_key=pooled_key,
-        pooled_value=pooled_value,
-        scale=scale,
-        backend=backend,  # type: ignore[arg-type]
-        tiled=tiled,
-    ).contiguous()
-
-
-@_uncompiled.register_fake
-def _(q: torch.Tensor, *args: object) -> torch.Tensor:
-    return q.new_empty(q.shape)
 
 
 def _attend_dense(

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from diffusion_attn.core.errors import DiffusionAttnError, GridError, UnsupportedModelError
+from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
+from diffusion_attn.methods.clear.attention import attend_as_one_operation, attend_tokens
 from diffusion_attn.methods.clear.layers import ClearLayer
 from diffusion_attn.methods.clear.rule import Rule
 from diffusion_attn.methods.clear.tokens import Tokens
 from diffusion_attn.methods.stand_in import StandIn
-from diffusion_attn.ops.local_attention import local_attention
-from diffusion_attn.ops.local_rule import Disc
 from diffusion_attn.processors.joint import JointAttnProcessor
 
 
@@ -83,8 +82,8 @@ class ClearProcessor(StandIn, JointAttnProcessor):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Local attention; exact by the backend that is set where the disc covers the image."""
-        rule, now = self.rule, local_tokens
-        assert rule is not None and now is not None
+        rule = self.rule
+        assert rule is not None and local_tokens is not None
         if self._parallel_config is not None:
             raise UnsupportedModelError(
                 "context parallelism gives each device a part of the tokens, and local attention needs the whole grid; "
@@ -95,44 +94,7 @@ class ClearProcessor(StandIn, JointAttnProcessor):
                 "an attention mask arrived at a layer of local attention, which knows no masks; drop it, or disable "
                 "Clear."
             )
-        image = now.grid[0] * now.grid[1]
-        text = now.text if query.shape[1] != image else 0
-        if query.shape[1] != text + image:
-            raise GridError(
-                f"the layer has {query.shape[1]} tokens, and the call has {now.text} of text and a grid of "
-                f"{now.grid[0]} x {now.grid[1]}; pass txt_ids and img_ids of all tokens, or disable Clear."
-            )
-        scale = rule.scale(query.shape[-1], text + image)
-        if rule.down_factor == 1 and Disc(now.grid, rule.radius).covers:
-            return self.attend_exactly(query, key, value, None, scale=scale)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        pooled_key, pooled_value = self._pool(key, value, text, now)
-        out = local_attention(
-            query,
-            key,
-            value,
-            grid=now.grid,
-            radius=rule.radius,
-            text_tokens=text,
-            pooled_key=pooled_key,
-            pooled_value=pooled_value,
-            scale=scale,
-            backend=rule.backend,
-            tiled=now.tiled,
-        )
-        return out.transpose(1, 2)
-
-    def _pool(
-        self, key: torch.Tensor, value: torch.Tensor, text: int, now: Tokens
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Weighted sums of the image's keys and values over cells, ``(batch, heads, cells, head_dim)``."""
-        if now.cells is None:
-            return None, None
-        index = (now.cells + text).flatten()
-        in_cells = (x.index_select(2, index).unflatten(2, now.cells.shape) for x in (key, value))
-        if self.layer is None:
-            pooled_key, pooled_value = (x.mean(dim=3) for x in in_cells)
-        else:
-            weight = self.ready(key).spatial_weight.flatten().to(key.dtype)
-            pooled_key, pooled_value = (torch.einsum("bhcwd,w->bhcd", x, weight) for x in in_cells)
-        return pooled_key, pooled_value
+        weight = self.ready(key).spatial_weight if self.layer is not None and rule.down_factor > 1 else None
+        opaque = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        attend = attend_as_one_operation if opaque else attend_tokens
+        return attend(query, key, value, local_tokens, rule, weight, self._attention_backend)

@@ -7,7 +7,7 @@ once, where they enter the transformer, and back where they leave it, instead of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Tokens:
             they stay as given.
         tiled: inside the model image tokens are in `tile_order`, else in raster order.
         cells: ``(cells, tokens)`` long, the image tokens, inside the model, of each cell that is pooled.
+        sizes: ``(4,)`` long on the CPU: ``text``, ``grid`` and ``tiled`` once more.
     """
 
     text: int
@@ -39,6 +40,11 @@ class Tokens:
     order: torch.Tensor | None = None
     tiled: bool = False
     cells: torch.Tensor | None = None
+    sizes: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # All the numbers as data, for compiled code that must not depend on them.
+        object.__setattr__(self, "sizes", torch.tensor([self.text, *self.grid, int(self.tiled)]))
 
     def arrange(self, x: Any) -> Any:
         """``(batch, image tokens, channels)``, or several, or ``None``, from the caller's order into the model's."""
