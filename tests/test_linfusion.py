@@ -349,22 +349,25 @@ def test_windows_conflict_and_raunet_composes():
     assert torch.equal(tiny.run(pipe), alone["linfusion"])
 
 
-def test_fused_and_weight_scaling_adapters_are_refused(unet):
-    x = noise(1, 4, 16, 16)
-    for config in (LoraConfig(r=2, target_modules=["to_q"]), LoraConfig(r=2, target_modules=["to_q"], use_dora=True)):
-        model = tiny.unet()
-        model.add_adapter(config)
-        da.enable(model, linfusion_for(unet))
-        if config.use_dora:
-            with pytest.raises(da.UnsupportedModelError, match="DoRA"):
-                forward(model, x)
-            continue
-        before = forward(model, x)
-        model.fuse_lora()
-        with pytest.raises(da.UnsupportedModelError, match="unfuse_lora"):
-            forward(model, x)
-        model.unfuse_lora()
-        torch.testing.assert_close(forward(model, x), before)
+@pytest.mark.parametrize("dora", [False, True])
+def test_fused_and_weight_scaling_adapters_are_refused(unet, dora):
+    """By `enable` where they are there already, else by the call."""
+    x, linfusion = noise(1, 4, 16, 16), linfusion_for(unet)
+    before, after = tiny.unet(), tiny.unet()
+    da.enable(after, linfusion)
+    for model in (before, after):
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=dora))
+    expected = None if dora else forward(after, x)
+    if not dora:
+        before.fuse_lora()
+        after.fuse_lora()
+    with pytest.raises(da.UnsupportedModelError, match="DoRA" if dora else "unfuse_lora"):
+        da.enable(before, linfusion)
+    with pytest.raises(da.UnsupportedModelError, match="DoRA" if dora else "unfuse_lora"):
+        forward(after, x)
+    if not dora:
+        after.unfuse_lora()
+        torch.testing.assert_close(forward(after, x), expected)
 
 
 def test_a_lora_acts_on_the_linear_layer(unet):
