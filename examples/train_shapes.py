@@ -24,6 +24,7 @@ import os
 import platform
 import random
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -259,12 +260,13 @@ class Denoiser(torch.nn.Module):
         return self.unet(noisy, timesteps, self.text_encoder(ids)[0], return_dict=False)[0]
 
 
-def build_optimizer(denoiser: Denoiser, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Muon for the weights of hidden layers, Adam for embeddings, vectors and the UNet's first and last convolution.
+def build_optimizer(
+    denoiser: torch.nn.Module, args: argparse.Namespace, edges: Sequence[str] = ("embedding", "conv_in", "conv_out")
+) -> torch.optim.Optimizer:
+    """Muon for the weights of hidden layers, Adam for vectors and for what has one of ``edges`` in its name.
 
     At the same time on the clock Muon got about a third further than AdamW in trials, its own cost included.
     """
-    edges = ("embedding", "conv_in", "conv_out")
     named = dict(denoiser.named_parameters())
     hidden = [name for name, p in named.items() if p.ndim >= 2 and not any(edge in name for edge in edges)]
     others = [p for name, p in named.items() if name not in hidden]

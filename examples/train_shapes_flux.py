@@ -33,10 +33,9 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from pytorch_optimizer import Muon
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from train_shapes import HELD_OUT_SEED, Checkpoint, pixels, psnr, record, set_lr
+from train_shapes import HELD_OUT_SEED, Checkpoint, build_optimizer, pixels, psnr, record, set_lr
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from diffusion_attn import shapes
@@ -45,6 +44,9 @@ from diffusion_attn.shapes.scenes import sample_scene, sample_scenes
 from diffusion_attn.shapes.tokenizer import WORDS
 
 SIZE = 128  # pixels: 16 x 16 tokens
+EDGES = ("text_encoder.shared", "relative_attention_bias", "transformer.x_embedder", "transformer.proj_out")
+"""Embeddings and outermost layers, which Muon does not serve."""
+
 POSITIONS = 20  # text tokens; the longest caption takes 15, and every position goes through every layer
 
 
@@ -167,22 +169,6 @@ def encode_scenes(args: argparse.Namespace, conditions: Conditions) -> dict[str,
     return load_file(path)
 
 
-def build_optimizer(denoiser: Denoiser, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Muon for the weights of hidden layers, Adam for embeddings, vectors and the transformer's outermost layers."""
-    edges = ("text_encoder.shared", "relative_attention_bias", "transformer.x_embedder", "transformer.proj_out")
-    named = dict(denoiser.named_parameters())
-    hidden = [name for name, p in named.items() if p.ndim >= 2 and not any(edge in name for edge in edges)]
-    others = [p for name, p in named.items() if name not in hidden]
-    shared = {"weight_decay": args.weight_decay}
-    return Muon(
-        [
-            {"params": [named[name] for name in hidden], "use_muon": True, "lr": args.muon_lr, **shared},
-            {"params": others, "use_muon": False, "lr": args.lr, "betas": (0.9, 0.99), **shared},
-        ],
-        use_adjusted_lr=True,
-    )
-
-
 def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> torch.Tensor:
     """Noise levels: logit-normal, shifted as a schedule would be (SD3, section 3.1 and 5.3.2)."""
     sigmas = torch.randn(count, generator=generator).sigmoid()
@@ -203,7 +189,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     denoiser = Denoiser(text_encoder, transformer)
     parameters = list(denoiser.parameters())
-    optimizer = build_optimizer(denoiser, args)
+    optimizer = build_optimizer(denoiser, args, EDGES)
     ema = EMAModel(parameters, decay=args.ema_decay)
     checkpoint = Checkpoint(args.output / "checkpoint", dict(denoiser.named_children()), optimizer, ema)
     first = checkpoint.load()

@@ -17,6 +17,7 @@ from diffusion_attn.methods.clear.processor import ClearProcessor
 from diffusion_attn.methods.clear.rule import Rule
 from diffusion_attn.methods.clear.tokens import Tokens, find_cells
 from tests.golden.seeded import seed_parameters, seeded_tensor
+from tests.tiny import image_ids
 
 GOLDEN = Path(__file__).parent / "golden" / "clear"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
@@ -25,11 +26,6 @@ OUTPUTS = load_file(GOLDEN / "outputs.safetensors")
 
 def cases(kind):
     return pytest.mark.parametrize("case", [x for x in CASES if x["kind"] == kind], ids=lambda case: case["name"])
-
-
-def image_ids(grid):
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
 
 
 def ids(case):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import cache
 
 import diffusers
 import torch
@@ -35,6 +36,7 @@ from transformers import (
 )
 
 from diffusion_attn.core.enable import resolve
+from diffusion_attn.methods import Clear
 from diffusion_attn.shapes.tokenizer import WORDS, build_tokenizer
 from tests.golden.seeded import seed_parameters
 
@@ -253,6 +255,33 @@ def forward(unet, x, timestep=801, **kwargs):
         return unet(x, timestep, text, **kwargs).sample
 
 
+def image_ids(grid):
+    """FLUX's ids of a grid of tokens."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
+
+
+def call_flux(model, grid, hidden=None, ids=None, **kwargs):
+    """A forward pass of a FLUX model on a grid of tokens."""
+    with torch.no_grad():
+        return model(
+            noise(1, grid[0] * grid[1], 16) if hidden is None else hidden,
+            encoder_hidden_states=noise(1, 5, 12),
+            pooled_projections=noise(1, 12),
+            timestep=torch.tensor([0.9]),
+            img_ids=image_ids(grid) if ids is None else ids,
+            txt_ids=torch.zeros(5, 3),
+            guidance=torch.tensor([3.5]),
+            **kwargs,
+        ).sample
+
+
+@cache
+def clear_weights(radius=4, down_factor=1):
+    """CLEAR with weights that differ from the model's."""
+    return seed_parameters(Clear.for_model(transformer(), radius, down_factor), 0.8)
+
+
 def call(model):
     """A seeded call of any of these denoisers, with gradients."""
     if hasattr(model, "conv_in"):
@@ -263,9 +292,7 @@ def call(model):
     }
     text["pooled_projections"] = noise(2, model.config.pooled_projection_dim)
     if hasattr(model, "pos_embed") and hasattr(model, "single_transformer_blocks"):
-        rows, columns = torch.meshgrid(torch.arange(12), torch.arange(10), indexing="ij")
-        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
-        text |= {"img_ids": ids, "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([3.5, 3.5])}
+        text |= {"img_ids": image_ids((12, 10)), "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([3.5, 3.5])}
         return model(noise(2, 120, 16), **text).sample
     return model(noise(2, 4, 24, 20), **text).sample
 

@@ -102,8 +102,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointFormatError(
-            f"{path.name} in {path.parent.name!r} cannot be read as safetensors ({error}); it is truncated or of "
-            "another format: get it again."
+            f"{path.name} in {path.resolve().parent.name!r} cannot be read as safetensors ({error}); it is "
+            "truncated or of another format: get it again."
         ) from error
 
 

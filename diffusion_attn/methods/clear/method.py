@@ -315,10 +315,11 @@ def _find(
         named = [(file, match) for file in sorted(folder.iterdir()) if (match := PUBLISHED.fullmatch(file.name))]
         files = [file for file, match in named if factor in (None, int(match[2] or 1))]
         if len(files) != 1:
-            names = ", ".join(file.name for file in files) or "none"
+            found = ", ".join(file.name for file in files) or "none"
+            remedy = "radius= and down_factor= of the one that is meant" if files else "a folder of CLEAR weights"
             raise CheckpointFormatError(
-                f"folder {str(id_or_file)!r} has {len(files)} files of CLEAR's names and one is needed ({names}); give "
-                "radius= and down_factor= of the one that is meant."
+                f"folder {str(id_or_file)!r} has {len(files)} files of CLEAR's names, and one is needed ({found}); "
+                f"give {remedy}."
             )
         path = files[0]
     if not path.is_file():
@@ -326,8 +327,8 @@ def _find(
             raise CheckpointFormatError(f"there is no file {str(id_or_file)!r}; give one that is there, or a Hub id.")
         if radius is None:
             raise ValueError(
-                f"radius is needed to choose among the files of {str(id_or_file)!r}; give radius=, 8, 16 or 32 as "
-                "published."
+                f"{str(id_or_file)!r} is no folder or file here, and radius is needed to choose among files on the "
+                "Hub; give radius=, 8, 16 or 32 as published."
             )
         return checkpoints.locate(id_or_file, _file_name(radius, factor or 1), **hub), radius, factor or 1
     match = PUBLISHED.fullmatch(path.name)

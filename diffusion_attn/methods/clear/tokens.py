@@ -213,7 +213,7 @@ def find_cells(grid: tuple[int, int], factor: int, tiled: bool, device: torch.de
     if height % factor or width % factor:
         raise GridError(
             f"the image has {height} x {width} tokens, and down_factor={factor} pools cells of that side; make "
-            f"height and width multiples of {16 * factor} pixels."
+            f"both multiples of {factor} tokens (of 16 pixels in FLUX and SD3)."
         )
     place = tile_order(grid, device).argsort() if tiled else torch.arange(height * width, device=device)
     blocks = place.view(height // factor, factor, width // factor, factor).transpose(1, 2)
