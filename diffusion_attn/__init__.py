@@ -12,10 +12,11 @@ from diffusion_attn.core.errors import (
     MethodConflictError,
     UnsupportedModelError,
 )
-from diffusion_attn.methods import Clear, HiDiffusion, LinFusion
+from diffusion_attn.methods import AgentAttention, Clear, HiDiffusion, LinFusion, TokenMerging
 from diffusion_attn.version import __version__
 
 __all__ = [
+    "AgentAttention",
     "CheckpointFormatError",
     "Clear",
     "DiffusionAttnError",
@@ -24,6 +25,7 @@ __all__ = [
     "HiDiffusion",
     "LinFusion",
     "MethodConflictError",
+    "TokenMerging",
     "UnsupportedModelError",
     "__version__",
     "disable",

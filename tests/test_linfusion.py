@@ -8,7 +8,7 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -193,12 +193,7 @@ def test_other_denoisers_are_refused():
 
 
 def test_motion_modules_are_left_alone():
-    motion = UNetMotionModel(
-        block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=12, num_attention_heads=2, motion_num_attention_heads=2, motion_max_seq_length=4,
-    )  # fmt: skip
-    seed_parameters(motion.eval())
+    motion = tiny.motion()
     x, text = noise(1, 4, 3, 16, 16), noise(3, 5, 12)  # frames share what their prompt says
     with torch.no_grad():
         plain = motion(x, 5, text).sample

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNetMotionModel,
 )
 from PIL import Image
 from transformers import (
@@ -101,6 +102,23 @@ PROMPT = "a red star above a blue ring on a white background"
 
 def unet(config=SD, **changes):
     return seed_parameters(UNet2DConditionModel(**{**config, **changes}).eval())
+
+
+def motion():
+    """A UNet with motion modules, as AnimateDiff has them."""
+    return seed_parameters(
+        UNetMotionModel(
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=12,
+            num_attention_heads=2,
+            motion_num_attention_heads=2,
+            motion_max_seq_length=4,
+        ).eval()
+    )
 
 
 def vae():

@@ -44,7 +44,7 @@ def add_method_options(parser: Any) -> None:
         "model's own, which serve clear; by default the published ones that belong to the model",
     )
     for name, method in METHODS.items():
-        _, docs = read_docstring(method)
+        docs = {name: text for base in reversed(method.__mro__) for name, text in read_docstring(base)[1].items()}
         group = parser.add_argument_group(f"options of --method {name}", describe(method))
         hints = typing.get_type_hints(method)
         for option in dataclasses.fields(method):

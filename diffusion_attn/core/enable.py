@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,21 @@ from diffusion_attn.core.session import Session, check_conflicts
 
 @dataclass(frozen=True)
 class EnableReport:
-    """What `enable` touched: ``layers`` maps the name of each method to the names of the modules it works on."""
+    """What `enable` touched; its text is a summary.
+
+    Attributes:
+        layers: name of each method -> names of the modules that it works on.
+        notes: name of each method -> what it has to say about that.
+    """
 
     layers: dict[str, list[str]]
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {len(layers)} layers" for name, layers in self.layers.items())
+        lines = []
+        for name, layers in self.layers.items():
+            lines += [f"{name}: {len(layers)} layers", *(f"  {note}" for note in self.notes.get(name, ()))]
+        return "\n".join(lines)
 
 
 def enable(target: Any, *methods: Method, timesteps: torch.Tensor | None = None) -> EnableReport:
@@ -74,7 +83,8 @@ def enable(target: Any, *methods: Method, timesteps: torch.Tensor | None = None)
         _restore(session, *previous)
         raise
     _forget_compiled(target)
-    return EnableReport({name: plan.layers for name, plan in plans.items()})
+    notes = {name: plan.notes for name, plan in plans.items() if plan.notes}
+    return EnableReport({name: plan.layers for name, plan in plans.items()}, notes)
 
 
 def disable(target: Any, *names: str) -> None:

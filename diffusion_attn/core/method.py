@@ -35,6 +35,7 @@ class Plan:
         install: registers hooks and processors through the `Attachment` it is given.
         attention: names of the attention modules whose computation it replaces; two methods must not share one.
         remedy: the option that gives ``attention`` up, for the error when they would.
+        notes: sentences for the report on what this comes to.
         reads_steps: the method asks at which step a forward pass is, so that it has to be one of the schedule's.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     install: Callable[[Attachment], None]
     attention: frozenset[str] = frozenset()
     remedy: str = "enable one of them only"
+    notes: tuple[str, ...] = ()
     reads_steps: bool = True
 
 

@@ -1,10 +1,11 @@
 """What a user enables: one file per method, one line per method here."""
 
+from diffusion_attn.methods.agent import AgentAttention, TokenMerging
 from diffusion_attn.methods.clear import Clear
 from diffusion_attn.methods.hidiffusion import HiDiffusion
 from diffusion_attn.methods.linfusion import LinFusion
 
-METHODS = {method.name: method for method in (HiDiffusion, LinFusion, Clear)}
+METHODS = {method.name: method for method in (HiDiffusion, LinFusion, Clear, AgentAttention, TokenMerging)}
 """Every method by the name that reports, `disable` and the command line use."""
 
-__all__ = ["METHODS", "Clear", "HiDiffusion", "LinFusion"]
+__all__ = ["METHODS", "AgentAttention", "Clear", "HiDiffusion", "LinFusion", "TokenMerging"]

@@ -51,6 +51,21 @@ def self_attentions(unet: Any, level: int) -> Iterator[tuple[str, str, nn.Module
                 yield name, f"{name}.transformer_blocks.{depth}", block.attn1
 
 
+def transformers(unet: Any) -> Iterator[tuple[str, int, nn.Module]]:
+    """``(name, factor, transformer)`` of each transformer: down blocks, middle, up blocks, as they are executed.
+
+    ``factor`` is by how much the UNet has reduced each side where the transformer works.
+    """
+    last = len(unet.down_blocks) - 1
+    levels = {f"down_blocks.{index}": index for index in range(last + 1)}
+    levels |= {"mid_block": last} | {f"up_blocks.{index}": mirror(unet, index) for index in range(last + 1)}
+    for side, level in levels.items():
+        part = getattr(unet, side) if side == "mid_block" else unet.get_submodule(side)
+        for index, transformer in enumerate(getattr(part, "attentions", None) or ()):
+            if hasattr(transformer, "transformer_blocks"):
+                yield f"{side}.attentions.{index}", 2**level, transformer
+
+
 def spatial_self_attentions(unet: Any) -> Iterator[tuple[str, nn.Module]]:
     """``(name, attn1)`` of every transformer block of the UNet: down blocks, up blocks, then the middle.
 
