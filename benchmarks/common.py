@@ -225,7 +225,7 @@ def deep_shrink(unet: nn.Module, factor: int = 2, share: float = DEEP_SHRINK_SHA
 
 
 def tomesd_version() -> str | None:
-    """The version of the package ``tomesd`` where it is installed; it is nobody's dependency here."""
+    """The version of the package ``tomesd`` where it is installed; only developing needs it."""
     return version("tomesd") if find_spec("tomesd") else None
 
 

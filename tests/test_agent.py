@@ -395,9 +395,11 @@ def test_agents_need_a_schedule_and_merging_does_not():
     assert torch.equal(tiny.forward(unet, noise(2, 4, 32, 32)), tiny.forward(unet, noise(2, 4, 32, 32)))
 
 
-def test_transformers_are_refused():
+def test_transformers_are_refused_unless_asked_for_as_an_experiment():
     with pytest.raises(da.UnsupportedModelError, match="FluxTransformer2DModel"):
         da.enable(tiny.transformer(), da.TokenMerging())
+    with pytest.raises(da.UnsupportedModelError, match="experimental=True"):
+        da.enable(tiny.transformer(), da.AgentAttention(), timesteps=SCHEDULE)
 
 
 @pytest.mark.parametrize(

@@ -304,15 +304,12 @@ def call(model):
     """A seeded call of any of these denoisers, with gradients."""
     if hasattr(model, "conv_in"):
         return model(noise(1, 4, 36, 44), 901, noise(1, 5, 12)).sample
-    text = {
-        "encoder_hidden_states": noise(2, 5, model.config.joint_attention_dim),
-        "timestep": torch.tensor([0.9, 0.9]),
-    }
+    text = {"encoder_hidden_states": noise(2, 5, model.config.joint_attention_dim)}
     text["pooled_projections"] = noise(2, model.config.pooled_projection_dim)
     if hasattr(model, "pos_embed") and hasattr(model, "single_transformer_blocks"):
         text |= {"img_ids": image_ids((12, 10)), "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([3.5, 3.5])}
-        return model(noise(2, 120, 16), **text).sample
-    return model(noise(2, 4, 24, 20), **text).sample
+        return model(noise(2, 120, 16), timestep=torch.tensor([0.901, 0.901]), **text).sample
+    return model(noise(2, 4, 24, 20), timestep=torch.tensor([901.0, 901.0]), **text).sample
 
 
 def noise(*shape, seed=0):

@@ -54,8 +54,14 @@ class Schedule:
         self._timesteps: list[float] = []
         self._first = 0
 
-    def locate(self, timestep: Any) -> tuple[int, int, int]:
+    def locate(self, timestep: Any, unit: float = 1) -> tuple[int, int, int]:
         """The place of ``timestep`` (a number or tensor; of a batch the first counts) in the run.
+
+        A timestep that has been rounded to 16 bits may mean several of the schedule's; the scheduler's index tells.
+
+        Args:
+            timestep: as the denoiser is given it.
+            unit: how much of the schedule's time one of it is.
 
         Returns:
             ``(step, steps, skipped)`` as in `StepContext`.
@@ -63,14 +69,17 @@ class Schedule:
         Raises:
             ScheduleError: there is no schedule yet, or the timestep is not in it.
         """
-        value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        value = unit * (float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep))
+        slack = _rounding(timestep) * abs(value)
         if self._fixed is not None:
-            return _positions(self._fixed, value)[0], len(self._fixed), 0
+            fixed = self._fixed
+            nearest = min(_positions(fixed, value, slack), key=lambda position: abs(fixed[position] - value))
+            return nearest, len(fixed), 0
         scheduler = self._read_scheduler()
         fresh = scheduler.timesteps is not self._source
         if fresh:
             self._source, self._timesteps = scheduler.timesteps, _as_list(scheduler.timesteps)
-        position = self._pick(_positions(self._timesteps, value), scheduler, fresh)
+        position = self._pick(_positions(self._timesteps, value, slack), scheduler, fresh)
         if fresh or position < self._first:
             self._first = position
         return position - self._first, self._last(scheduler) - self._first, self._first
@@ -117,12 +126,18 @@ def _as_list(timesteps: torch.Tensor) -> list[float]:
     return values.tolist()
 
 
-def _positions(timesteps: list[float], value: float) -> list[int]:
+def _rounding(timestep: Any) -> float:
+    """How far off, in shares of itself, a timestep may be that was rounded to 16 bits and divided there."""
+    low = isinstance(timestep, torch.Tensor) and timestep.dtype in (torch.bfloat16, torch.float16)
+    return torch.finfo(timestep.dtype).eps if low else 0.0
+
+
+def _positions(timesteps: list[float], value: float, slack: float) -> list[int]:
     nearest = min(abs(t - value) for t in timesteps)
-    if nearest > 0.5:
+    if nearest > max(0.5, slack):
         raise ScheduleError(
             f"timestep {value:g} is not one of the run's {len(timesteps)} timesteps ({timesteps[0]:g} to "
             f"{timesteps[-1]:g}): the denoiser runs on another schedule than the one it was enabled with; enable "
             "through the pipeline that runs, or pass the run's own timesteps=."
         )
-    return [index for index, t in enumerate(timesteps) if abs(t - value) == nearest]
+    return [index for index, t in enumerate(timesteps) if abs(t - value) <= max(nearest, slack)]

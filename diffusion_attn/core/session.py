@@ -15,6 +15,9 @@ from diffusion_attn.core.method import Attachment, Method, Plan
 
 _ATTRIBUTE = "_diffusion_attn"
 
+FLUX_UNIT = 1000
+"""FLUX is given the timesteps of its scheduler divided by this."""
+
 
 @dataclass
 class Enabled:
@@ -82,12 +85,13 @@ class Session:
         for on in self.enabled.values():
             on.attachment.hold()
         call = bind_call(denoiser, args, kwargs)
-        # Transformers of the FLUX kind are given tokens, and timesteps in other units than their scheduler's.
+        # Transformers of the FLUX kind are given tokens instead of a picture.
         height, width = call["sample"].shape[-2:] if "sample" in call else (0, 0)
         if self.schedule is None or not any(on.plan.reads_steps for on in self.enabled.values()):
             self._context = StepContext(height, width)
         else:
-            self._context = StepContext(height, width, *self.schedule.locate(call["timestep"]))
+            unit = FLUX_UNIT if "img_ids" in call else 1
+            self._context = StepContext(height, width, *self.schedule.locate(call["timestep"], unit))
 
     @torch.compiler.disable
     def _leave(self, denoiser: nn.Module, args: tuple, output: Any) -> None:

@@ -57,6 +57,30 @@ def agent_attention(
     return torch.add(out, v, alpha=shortcut) if shortcut else out
 
 
+def joint_agent_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, agents: torch.Tensor, *, text_tokens: int
+) -> torch.Tensor:
+    """Agent attention for text and image in one sequence: text is exact, image sees image through agents.
+
+    Agents read from all keys; an image token reads from the text and the agents under one softmax; a text token reads
+    from everything. A proposal of ours for FLUX and SD3, which no paper has trained or evaluated.
+
+    Args:
+        q, k, v: ``(batch, heads, tokens, head_dim)``, any float dtype, text tokens first.
+        agents: ``(batch, heads, agent_tokens, head_dim)``, positions applied.
+        text_tokens: how many tokens of text there are, 0 for none.
+
+    Returns:
+        ``(batch, heads, tokens, head_dim)`` in the dtype of ``q``.
+    """
+    values = F.scaled_dot_product_attention(agents, k, v)
+    keys, values = (torch.cat([x[:, :, :text_tokens], y], dim=2) for x, y in ((k, agents), (v, values)))
+    image = F.scaled_dot_product_attention(q[:, :, text_tokens:], keys, values)
+    if not text_tokens:
+        return image
+    return torch.cat([F.scaled_dot_product_attention(q[:, :, :text_tokens], k, v), image], dim=2)
+
+
 def pool_agents(q: torch.Tensor, *, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
     """Agents as adaptive averages of the query map (the paper's section 3.3).
 

@@ -52,11 +52,7 @@ class JointAttnProcessor:
             UnsupportedModelError: a mask on a layer that ``op`` computes, or context parallelism, which splits tokens.
         """
         query, key, value = self.project(attn, hidden_states, encoder_hidden_states)
-        if image_rotary_emb is not None:
-            from diffusers.models.embeddings import apply_rotary_emb
-
-            rotary: Any = image_rotary_emb
-            query, key = (cast(torch.Tensor, apply_rotary_emb(x, rotary, sequence_dim=1)) for x in (query, key))
+        query, key = self.rotate(query, key, image_rotary_emb, **kwargs)
         out = self.attend(attn, query, key, value, attention_mask, **kwargs).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return self.project_out(attn, out)
@@ -91,6 +87,12 @@ class JointAttnProcessor:
         if _is_fused(attn):
             return attn.to_qkv(hidden).chunk(3, dim=-1)
         return attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions into query and key ``(batch, tokens, heads, head_dim)``; ``None`` where a family adds its own."""
+        return rotated(query, rotary), rotated(key, rotary)
 
     def attend(
         self,
@@ -136,6 +138,13 @@ class JointAttnProcessor:
         # FLUX knows its head_dim: under tensor parallelism a device has only some of the heads.
         head_dim = getattr(attn, "head_dim", None) or projected[1].shape[-1] // attn.heads
         return [x.unflatten(-1, (-1, head_dim)) for x in projected]
+
+
+def rotated(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """``(batch, tokens, heads, head_dim)`` with a rotary embedding ``(cos, sin)`` of shape ``(tokens, head_dim)``."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return x if rotary is None else cast(torch.Tensor, apply_rotary_emb(x, cast(Any, rotary), sequence_dim=1))
 
 
 def _is_fused(attn: Any) -> bool:

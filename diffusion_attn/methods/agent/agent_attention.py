@@ -13,6 +13,7 @@ from diffusion_attn.core.context import StepContext
 from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.method import Plan, Target
 from diffusion_attn.methods.agent.merging import Merging
+from diffusion_attn.methods.agent.pooled import PooledAgents, is_joint
 from diffusion_attn.methods.agent.setting import Setting, Size
 
 
@@ -29,6 +30,8 @@ class AgentAttention(Merging):
         switch: share of the run (0 to 1) after which the late phase begins.
         second_scale_power: scale of the second softmax as a power of the first's; below 1 is sharper.
         shortcut: share of the values that is added to what the agents give.
+        experimental: serve FLUX and SD3, too, where image tokens attend in the early phase through averages of their
+            queries over cells of ``stride``. Nobody has trained or judged this; other options have no meaning there.
     """
 
     name: ClassVar[str] = "agent"
@@ -41,6 +44,7 @@ class AgentAttention(Merging):
     switch: float = 0.4
     second_scale_power: float = 0.3
     shortcut: float = 0.075
+    experimental: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,12 +67,22 @@ class AgentAttention(Merging):
         """Find the layers; see `Merging.plan`.
 
         Raises:
-            UnsupportedModelError: beside its reasons, the run's schedule is not known.
+            UnsupportedModelError: beside its reasons, the run's schedule is not known, or FLUX and SD3 are not asked
+                for as an experiment.
         """
-        plan = super().plan(target)
+        plan = self._plan_joint(target) if is_joint(target.denoiser) else super().plan(target)
         if not target.scheduled:
             raise UnsupportedModelError(
                 "AgentAttention depends on the step, and a bare denoiser does not know the run's schedule; enable it "
                 "through the pipeline, or pass timesteps= (1-D tensor, noisiest first)."
             )
         return plan
+
+    def _plan_joint(self, target: Target) -> Plan:
+        if not self.experimental:
+            raise UnsupportedModelError(
+                f"AgentAttention is made for UNets, and this is a {type(target.denoiser).__name__}: its form for FLUX "
+                "and SD3 is an experiment that has to be asked for, AgentAttention(experimental=True). Local attention "
+                "(CLEAR) is what is known to serve large pictures there."
+            )
+        return PooledAgents(self, target.denoiser).plan(target)

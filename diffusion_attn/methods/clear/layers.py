@@ -1,4 +1,4 @@
-"""CLEAR's weights: one attention layer, the published format, and which layers of a transformer there are."""
+"""CLEAR's weights: one attention layer, and the published format."""
 
 from __future__ import annotations
 
@@ -56,14 +56,6 @@ class ClearLayer(nn.Module):
 def linears(attn: nn.Module) -> list[str]:
     """Names of the projections that CLEAR trains: the image's, and in single blocks those of text and image."""
     return ["to_q", "to_k", "to_v", *(["to_out.0"] if getattr(attn, "to_out", None) is not None else [])]
-
-
-def attentions(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``(name, attention module)`` of all attention layers of a transformer, in the published order."""
-    for path, module in transformer.named_modules():
-        name = path.replace("._orig_mod", "")  # a block may have been replaced by its compiled self
-        if LAYER.fullmatch(f"{name}.x") and hasattr(module, "to_q"):
-            yield name, module
 
 
 class ClearWeights(nn.ModuleDict):

@@ -19,10 +19,11 @@ from diffusion_attn.core.errors import CheckpointFormatError, UnsupportedModelEr
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
 from diffusion_attn.methods import checkpoints
-from diffusion_attn.methods.clear.layers import ClearLayer, ClearWeights, attentions, linears
+from diffusion_attn.methods.clear.layers import ClearLayer, ClearWeights, linears
 from diffusion_attn.methods.clear.processor import ClearProcessor
 from diffusion_attn.methods.clear.rule import Rule
 from diffusion_attn.methods.clear.tokens import FluxTokens, reader_for
+from diffusion_attn.methods.joint_layout import attentions
 from diffusion_attn.methods.stand_in import base_layer, check_place, check_projections, place_layer
 from diffusion_attn.ops.local_attention import Backend
 

@@ -17,6 +17,7 @@ from diffusion_attn.core.errors import GridError, UnsupportedModelError
 from diffusion_attn.core.method import Attachment
 from diffusion_attn.core.session import bind_call
 from diffusion_attn.methods.clear.rule import Rule
+from diffusion_attn.methods.joint_layout import hand_on, read_grid
 from diffusion_attn.ops.local_attention import choose_backend
 from diffusion_attn.ops.local_rule import Disc, tile_order
 
@@ -108,7 +109,7 @@ class FluxTokens(TokenReader):
         grid, raster = read_grid(image_ids)
         tokens = self.now = self._tokens(text_ids.shape[-2], grid, raster, call["hidden_states"])
         arranged = {name: tokens.arrange(call[name]) for name in _PER_TOKEN if name in call}
-        return (), hand_on(tokens, {**call, "img_ids": tokens.arrange(image_ids), **arranged})
+        return (), hand_on({**call, "img_ids": tokens.arrange(image_ids), **arranged}, local_tokens=tokens)
 
     @torch.compiler.disable
     def leave(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
@@ -118,53 +119,6 @@ class FluxTokens(TokenReader):
 
 
 _PER_TOKEN = ("hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
-
-
-def hand_on(tokens: Tokens, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, with which every layer is given ``tokens``.
-
-    They go with the call, not into the model: with gradient checkpointing the backward pass runs layers again, when the
-    model may have seen other calls.
-    """
-    return {**call, KWARGS: {**(call.get(KWARGS) or {}), "local_tokens": tokens}}
-
-
-KWARGS = "joint_attention_kwargs"
-"""The argument of both families that reaches their attention processors."""
-
-
-def read_grid(ids: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor | None]:
-    """Height and width of the grid that FLUX's image ids ``(tokens, 3)`` span, and each token's raster position.
-
-    Positions are ``None`` where they are in raster order. Ids need not be whole numbers, only those of a full grid.
-
-    Raises:
-        UnsupportedModelError: there are further images in the sequence (Kontext).
-        GridError: the ids do not make one grid.
-    """
-    images, rows, columns = ids.T
-    if (images != images[0]).any():
-        raise UnsupportedModelError(
-            "img_ids name several images in one sequence, as FLUX Kontext's reference pictures do; local attention "
-            "serves a single one. Disable Clear for this pipeline."
-        )
-    (ys, y), (xs, x) = (torch.unique(axis, return_inverse=True) for axis in (rows, columns))
-    raster, whole = y * len(xs) + x, torch.arange(len(ids), device=ids.device)
-    if len(ys) * len(xs) == len(ids) and torch.equal(raster.sort()[0], whole):
-        return (len(ys), len(xs)), None if torch.equal(raster, whole) else raster
-    # bfloat16 has no odd numbers above 256: ids of larger grids repeat, but never fall from one token to the next.
-    width = int((rows == rows[0]).sum())
-    if len(ids) % width == 0:
-        lines, places = rows.view(-1, width), columns.view(-1, width)
-        steps = (lines[:, 0].diff(), places[0].diff())
-        below = (lines[:-1, 0].abs() < 256, places[0, :-1].abs() < 256)
-        rising = all(((step > 0) | ((step == 0) & ~low)).all() for step, low in zip(steps, below, strict=True))
-        if rising and (lines == lines[:, :1]).all() and (places == places[:1]).all():
-            return (len(ids) // width, width), None
-    raise GridError(
-        f"img_ids has {len(ids)} tokens in {len(ys)} rows and {len(xs)} columns, which is not one full grid; give an "
-        "id (0, row, column) for every cell, as the pipelines do, or disable Clear."
-    )
 
 
 class SD3Tokens(TokenReader):
@@ -184,7 +138,7 @@ class SD3Tokens(TokenReader):
         height, width = (side // patch for side in latents.shape[-2:])
         tokens = self.now = self._tokens(call["encoder_hidden_states"].shape[1], (height, width), None, latents)
         name = "block_controlnet_hidden_states"
-        return (), hand_on(tokens, {**call, name: tokens.arrange(call.get(name))})
+        return (), hand_on({**call, name: tokens.arrange(call.get(name))}, local_tokens=tokens)
 
     @torch.compiler.disable
     def embedded(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
