@@ -44,6 +44,7 @@ METHODS: dict[str, Change] = {
 }
 """What is in force on a UNet."""
 
+OURS = list(METHODS)[1:]
 EARLY, LATE = da.AgentAttention().phases().values()
 
 # ---- operations
@@ -138,10 +139,10 @@ def flops_table(section: dict[str, Any]) -> str:
     ]
     unets = [
         [str(row["pixels"]), *(f"{row['unet'][name]:.0f}" for name in METHODS)]
-        + [f"{row['unet']['plain'] / row['unet'][name]:.2f}" for name in list(METHODS)[1:]]
+        + [f"{row['unet']['plain'] / row['unet'][name]:.2f}" for name in OURS]
         for row in section["rows"]
     ]
-    ratios = [f"plain / {name}" for name in list(METHODS)[1:]]
+    ratios = [f"plain / {name}" for name in OURS]
     return "\n\n".join(
         [
             common.table(["px", "GFLOP", *names], lines, left=2),
@@ -287,7 +288,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
                     "slowest": max(cost.seconds for cost in costs[name]),
                     "peak_bytes": max(cost.peak_bytes for cost in costs[name]),
                     "flops": operations,
-                    "matching": matching_time(unet, call, change, args.device) if METHODS.get(name) and name != "plain" else None,
+                    "matching": matching_time(unet, call, change, args.device) if name in OURS else None,
                 }
             )
         section = keep(args, rows, lambda row: (row["layout"], row["pixels"]))
