@@ -1,9 +1,10 @@
 """The benchmark of agent attention: operations as they were counted in the official code, resuming, the report."""
 
-import importlib.util
 import json
 
 import pytest
+import tomesd
+import torch
 
 import diffusion_attn as da
 from benchmarks import agent
@@ -50,11 +51,7 @@ def test_a_layer_is_timed_in_its_parts(tmp_path):
     assert min(seconds.values()) > 0 and {"full attention", "matching, early"} <= seconds.keys()
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("tomesd"), reason="needs the package tomesd")
 def test_token_merging_is_tomesd_draw_for_draw():
-    import tomesd
-    import torch
-
     unet = tiny.unet()
     x, text = noise(2, 4, 32, 32), noise(2, 5, 12)
     with torch.no_grad():
