@@ -148,6 +148,17 @@ def test_a_level_without_attention_is_an_error_not_silence():
     assert da.enabled(xl) == []
 
 
+def test_blocks_that_attend_to_the_prompt_alone_are_left_alone():
+    unet = tiny.unet(only_cross_attention=(True, False, False, False))
+    report = da.enable(unet, da.TokenMerging())  # the finest level with self-attention is the next one
+    assert all(name.startswith(("down_blocks.1", "up_blocks.2")) for name in report.layers["token_merging"])
+    assert tiny.forward(unet, noise(2, 4, 32, 32)).isfinite().all()
+    with pytest.raises(da.UnsupportedModelError, match="reduced by 2: give 2 or None"):
+        da.enable(unet, da.TokenMerging(max_downsample=1))
+    with pytest.raises(da.UnsupportedModelError, match="nothing to merge"):
+        da.enable(tiny.unet(only_cross_attention=True, mid_block_type=None), da.TokenMerging())
+
+
 def test_more_levels_up_to_the_middle():
     report = da.enable(tiny.unet(), da.TokenMerging(max_downsample=8))
     assert len(report.layers["token_merging"]) == 16

@@ -20,7 +20,7 @@ from diffusion_attn.methods.agent.block_match import BlockMatch
 from diffusion_attn.methods.agent.choice import SOURCES, CellChoice, Choices
 from diffusion_attn.methods.agent.processor import MergedAttnProcessor
 from diffusion_attn.methods.agent.setting import Setting, Size
-from diffusion_attn.methods.unet_layout import attention_levels, transformers
+from diffusion_attn.methods.unet_layout import transformers
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +97,18 @@ class Merging:
         return unet
 
     def _limit(self, unet: Any) -> int:
-        levels = attention_levels(unet)
-        finest = 2 ** levels[0] if levels else None
-        limit = finest if self.max_downsample is None else self.max_downsample
-        if finest is None or limit is None or limit < finest:
+        factors = [factor for _, factor, transformer in transformers(unet) if _self_attending(transformer)]
+        if not factors:
             raise UnsupportedModelError(
-                f"max_downsample={self.max_downsample}: this UNet has no attention there; "
-                + (
-                    f"its finest is where each side is reduced by {finest}: give {finest} or None."
-                    if finest
-                    else "it has none at all."
-                )
+                f"this {type(unet).__name__} has no transformer blocks with self-attention, so {self.name!r} has "
+                "nothing to merge; leave it out."
             )
-        return limit
+        if self.max_downsample is not None and self.max_downsample < min(factors):
+            raise UnsupportedModelError(
+                f"max_downsample={self.max_downsample}: this UNet has no self-attention there; its finest is where "
+                f"each side is reduced by {min(factors)}: give {min(factors)} or None."
+            )
+        return self.max_downsample or min(factors)
 
     def _notes(self, unet: Any) -> tuple[str, ...]:
         """What becomes of the tokens at the native size, level by level."""
@@ -127,6 +126,11 @@ class Merging:
         )
 
 
+def _self_attending(transformer: Any) -> dict[int, Any]:
+    """The blocks of a transformer that do not attend to the prompt alone."""
+    return {i: block for i, block in enumerate(transformer.transformer_blocks) if not block.only_cross_attention}
+
+
 class Hooks:
     """The hooks of one enabled `Merging`: one on each transformer, more on each of its blocks."""
 
@@ -141,14 +145,8 @@ class Hooks:
         """Each transformer that is served, with its blocks by name."""
         for name, factor, transformer in transformers(self.unet):
             if factor <= self.limit:
-                yield (
-                    transformer,
-                    {
-                        f"{name}.transformer_blocks.{index}": block
-                        for index, block in enumerate(transformer.transformer_blocks)  # type: ignore[arg-type]
-                        if not block.only_cross_attention
-                    },
-                )
+                blocks = _self_attending(transformer)
+                yield transformer, {f"{name}.transformer_blocks.{index}": block for index, block in blocks.items()}
 
     def install(self, attachment: Attachment) -> None:
         """Register everything; see `Plan.install`."""
