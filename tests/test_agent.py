@@ -345,6 +345,23 @@ def test_motion_modules_are_left_alone(method):
         assert torch.equal(motion(x, 901, text).sample, plain)
 
 
+def test_a_pass_that_broke_off_leaves_no_matching_behind():
+    unet = tiny.unet()
+    plain = tiny.forward(unet, noise(2, 4, 8, 8))
+    da.enable(unet, da.TokenMerging(stride=(16, 16)))
+
+    def fail(module, args, kwargs):
+        raise KeyboardInterrupt
+
+    handle = (
+        unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.register_forward_pre_hook(fail, with_kwargs=True)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        tiny.forward(unet, noise(2, 4, 32, 32))
+    handle.remove()
+    assert torch.equal(tiny.forward(unet, noise(2, 4, 8, 8)), plain)  # smaller than a cell: nothing is merged
+
+
 def test_the_order_of_merged_tokens_does_not_matter():
     attn, hidden, match = processor_and_layer()
     plan = match.match

@@ -30,6 +30,7 @@ class BlockMatch:
 
     def find(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the block: its input, not yet normalised, is what tokens are compared by."""
+        self.match = None  # of a pass that was broken off
         if self.setting is None:
             return
         self.match = match_tokens(

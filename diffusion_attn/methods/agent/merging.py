@@ -79,12 +79,13 @@ class Merging:
         for name, block in blocks.items():
             if not isinstance(block.attn1.processor, MergedAttnProcessor):
                 check_exact(f"{name}.attn1", block.attn1.processor)
-        layers = [f"{name}.{layer}" for name in blocks for layer in ("attn1", *self._also())]
+        layers = [f"{name}.{layer}" for name, block in blocks.items() for layer in ("attn1", *self.also(block))]
         attention = frozenset(f"{name}.attn1" for name in blocks)
         return Plan(layers, hooks.install, attention, f"leave {self.name!r} out", notes=self._notes(unet))
 
-    def _also(self) -> list[str]:
-        return ["attn2"] * self.merge_cross_attention + ["ff"] * self.merge_feed_forward
+    def also(self, block: Any) -> list[str]:
+        """The layers of a block that are merged beside its self-attention; not every one has a cross-attention."""
+        return ["attn2"] * (self.merge_cross_attention and block.attn2 is not None) + ["ff"] * self.merge_feed_forward
 
     def _check(self, unet: Any) -> Any:
         from diffusers import UNet2DConditionModel, UNetMotionModel
@@ -163,7 +164,7 @@ class Hooks:
             attachment.before(block, match.find, kwargs=True)
             attachment.after(block, match.forget)
             attachment.process(f"{name}.attn1", block.attn1, MergedAttnProcessor(match))
-            for layer in (getattr(block, also) for also in self.options._also()):
+            for layer in (getattr(block, also) for also in self.options.also(block)):
                 attachment.before(layer, match.merge, kwargs=True)
                 attachment.after(layer, match.unmerge)
 
