@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 
 import diffusion_attn as da
-from diffusion_attn.methods.agent.block_match import BlockMatch
+from diffusion_attn.methods.agent.block_match import PLANS, BlockMatch, MergePlan
 from diffusion_attn.methods.agent.processor import MergedAttnProcessor
 from diffusion_attn.methods.agent.setting import Setting
 from tests import tiny
@@ -255,13 +255,13 @@ def test_odd_sizes(method):
 
 
 def processor_and_layer(dtype=torch.float32, upcast=False):
-    attn = seed_parameters(BasicTransformerBlock(32, 4, 8).eval()).attn1.to(dtype)
+    block = seed_parameters(BasicTransformerBlock(32, 4, 8).eval())
+    attn = block.attn1.to(dtype)
     attn.upcast_attention = upcast
-    match = BlockMatch()
-    match.setting = Setting(0.4, (4, 4), 0.95, 0.3, 0.075)
-    match.grid, match.counts = (8, 8), match.setting.counts((8, 8))
+    match, setting = BlockMatch("block"), Setting(0.4, (4, 4), 0.95, 0.3, 0.075)
+    plans = {"block": MergePlan(setting, (8, 8), setting.counts((8, 8)))}
     hidden = (noise(2, 64, 32) * 4).to(dtype)
-    match.find(None, (hidden,), {})
+    match.find(block, (hidden,), {"cross_attention_kwargs": {PLANS: plans}})
     attn.set_processor(MergedAttnProcessor(match))
     return attn, hidden, match
 
@@ -294,6 +294,36 @@ def test_upcast_attention_is_honoured_in_both_phases(agents):
     exact = exact.transpose(1, 2).flatten(2).bfloat16()
     torch.testing.assert_close(results[True], exact, atol=0, rtol=2**-7)
     assert (results[False] != exact).float().mean() > (results[True] != exact).float().mean()
+
+
+def test_upcast_attention_holds_under_autocast():
+    attn, hidden, _ = processor_and_layer(torch.float32, upcast=True)
+    seen = {}
+    for autocast in (True, False):
+        hook = attn.to_out[0].register_forward_pre_hook(lambda module, args: seen.update({autocast: args[0]}))  # noqa: B023
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            attn(hidden)
+        hook.remove()
+    # Projections are rounded under autocast, so both differ; products in bfloat16 would differ by more.
+    assert seen[True].dtype == torch.float32
+    assert not torch.equal(seen[True], seen[True].bfloat16().float())
+
+
+def test_gradient_checkpointing_recomputes_with_the_plan_of_its_own_pass():
+    def gradients(checkpointing):
+        unet = tiny.unet().train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        da.enable(unet, da.AgentAttention(), timesteps=SCHEDULE)
+        text = noise(2, 5, 12)
+        early, late = (unet(noise(2, 4, *size), t, text).sample for size, t in (((32, 32), 901), ((32, 16), 101)))
+        (early.square().mean() + late.square().mean()).backward()
+        return [p.grad for p in unet.parameters() if p.grad is not None]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert len(plain) == len(checkpointed) > 0
+    for a, b in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_gligen():
@@ -413,6 +443,14 @@ def test_conflicts_are_named(method):
     with pytest.raises(da.MethodConflictError, match="'agent' and 'token_merging'"):
         da.enable(unet, da.AgentAttention(), da.TokenMerging(), timesteps=SCHEDULE)
     assert da.enabled(unet) == []
+    other = da.LinFusion.for_model(unet, mid_dim=4)
+    for first, second in ((other, method), (method, other)):
+        da.enable(unet, first, timesteps=SCHEDULE)
+        with pytest.raises(
+            da.MethodConflictError, match=f"'{method.name}' and 'linfusion'|'linfusion' and '{method.name}'"
+        ):
+            da.enable(unet, second, timesteps=SCHEDULE)
+        da.disable(unet)
 
 
 def test_agents_need_a_schedule_and_merging_does_not():
@@ -440,8 +478,27 @@ def test_transformers_are_refused_unless_asked_for_as_an_experiment():
         (da.AgentAttention, {"agent_ratio": -0.1}, "agent_ratio=-0.1"),
         (da.AgentAttention, {"late_stride": (2, 0)}, r"stride=\(2, 0\) \(late\)"),
         (da.AgentAttention, {"switch": 20}, "switch=20"),
+        (da.TokenMerging, {"stride": 2}, "stride=2"),
+        (da.TokenMerging, {"stride": (2.0, 2.0)}, "whole numbers"),
     ],
 )
 def test_bad_options(method, options, told):
     with pytest.raises(ValueError, match=told):
         method(**options)
+
+
+def test_a_stride_may_be_a_list_as_files_of_settings_give_it():
+    outputs = []
+    for stride in ((2, 2), [2, 2]):
+        unet = tiny.unet()
+        da.enable(unet, da.TokenMerging(stride=stride))
+        outputs.append(tiny.forward(unet, noise(2, 4, 32, 32)))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("choice", [torch.full((16, 16), 4), torch.zeros(16, 8, dtype=torch.long)])
+def test_a_choice_outside_the_cell_is_refused(choice):
+    unet = tiny.unet()
+    da.enable(unet, da.TokenMerging(cell_choice=lambda step, block, cells: choice), timesteps=SCHEDULE)
+    with pytest.raises(ValueError, match=r"cell_choice for down_blocks\.0.*from 0 to 3"):
+        tiny.forward(unet, noise(2, 4, 32, 32))

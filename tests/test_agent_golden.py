@@ -146,10 +146,11 @@ def test_block(name):
     transformer.transformer_blocks = nn.ModuleList([block])
     Hooks(options, nn.Module(), 1).install_on(attachment, transformer, {"block": block})
     hidden = drawn(case, "hidden")
-    for hook in transformer._forward_pre_hooks.values():  # its forward is the UNet's business
-        hook(transformer, (hidden.transpose(1, 2).unflatten(2, grid),), {})
+    (hook,) = transformer._forward_pre_hooks.values()  # its forward is the UNet's business
+    _, given = hook(transformer, (), {"hidden_states": hidden.transpose(1, 2).unflatten(2, grid)})
+    extra = given["cross_attention_kwargs"]
     with torch.no_grad():
-        close(block(hidden, encoder_hidden_states=drawn(case, "context")), name)
+        close(block(hidden, encoder_hidden_states=drawn(case, "context"), cross_attention_kwargs=extra), name)
         attachment.undo()
         assert not torch.allclose(block(hidden, encoder_hidden_states=drawn(case, "context")), expected(name, "out"))
 

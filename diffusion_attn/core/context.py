@@ -79,7 +79,7 @@ class Schedule:
         fresh = scheduler.timesteps is not self._source
         if fresh:
             self._source, self._timesteps = scheduler.timesteps, _as_list(scheduler.timesteps)
-        position = self._pick(_positions(self._timesteps, value, slack), scheduler, fresh)
+        position = self._pick(_positions(self._timesteps, value, slack), scheduler, fresh, value)
         if fresh or position < self._first:
             self._first = position
         return position - self._first, self._last(scheduler) - self._first, self._first
@@ -95,7 +95,7 @@ class Schedule:
             )
         return self._scheduler
 
-    def _pick(self, positions: list[int], scheduler: Any, fresh: bool) -> int:
+    def _pick(self, positions: list[int], scheduler: Any, fresh: bool, value: float) -> int:
         if len(positions) == 1:
             return positions[0]
         hint = getattr(scheduler, "_step_index", None)
@@ -103,6 +103,8 @@ class Schedule:
             hint = scheduler.counter + (positions[0] if fresh else self._first)
         if hint is None:
             hint = getattr(scheduler, "_begin_index", None) or 0
+            nearest = min(abs(self._timesteps[position] - value) for position in positions)
+            positions = [position for position in positions if abs(self._timesteps[position] - value) == nearest]
         return min(positions, key=lambda position: (position < hint, abs(position - hint)))
 
     def _last(self, scheduler: Any) -> int:

@@ -25,15 +25,19 @@ _EXACT = {
 _EXACT_WITHOUT_OP = {"JointAttnProcessor", "UNetAttnProcessor"}
 """Classes of ours that are stock attention as long as they are given no op."""
 
+_HELD = "_held_by_diffusion_attn"
+
 
 def check_exact(name: str, processor: Any) -> None:
     """Make sure that nothing is lost when the ``processor`` of the layer ``name`` is replaced.
+
+    Those of methods that are in force are left to `check_conflicts`, which knows both by name.
 
     Raises:
         MethodConflictError: it is not one of the ways to compute stock attention.
     """
     kind = type(processor).__name__
-    if kind in _EXACT or (kind in _EXACT_WITHOUT_OP and processor.op is None):
+    if getattr(processor, _HELD, False) or kind in _EXACT or (kind in _EXACT_WITHOUT_OP and processor.op is None):
         return
     raise MethodConflictError(
         f"{name} has the processor {type(processor).__name__}, which is more than stock attention: a method of "
@@ -53,6 +57,7 @@ class HeldProcessor:
 
     def __post_init__(self) -> None:
         self.original = self.attn.processor
+        setattr(self.processor, _HELD, True)
         for name in ("_attention_backend", "_parallel_config"):
             if hasattr(self.original, name) and hasattr(self.processor, name):
                 setattr(self.processor, name, getattr(self.original, name))

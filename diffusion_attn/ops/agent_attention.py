@@ -33,13 +33,13 @@ def agent_attention(
         shortcut: share of ``v`` that is added to the result, which keeps tokens apart; for self-attention.
         bias, second_bias: added to the logits, broadcastable to ``(batch, heads, agent_tokens, tokens)`` and ``(batch,
             heads, tokens, agent_tokens)``. Masks are not served: a key that one query must not see reaches it through
-            the agents.
+            the agents. Boolean ones are refused; one that is made of minus infinities looks like any other bias.
 
     Returns:
         ``(batch, heads, tokens, head_dim)`` in the dtype of ``q``.
 
     Raises:
-        ValueError: a bias is a mask, or there is a shortcut between sequences of different lengths.
+        ValueError: a bias is a boolean mask, or there is a shortcut between sequences of different lengths.
     """
     for name, given in (("bias", bias), ("second_bias", second_bias)):
         if given is not None and not given.is_floating_point():

@@ -34,7 +34,8 @@ class TokenMatch:
     def merge(self, x: torch.Tensor) -> torch.Tensor:
         """The mean of each group: ``(batch, merged_tokens, channels)`` from ``(batch, tokens, channels)``.
 
-        Groups stand in the order of their one token that has not moved. Sums are taken in float32.
+        Groups stand in the order of their one token that has not moved. Sums are taken in float32, on CUDA in an order
+        that varies from call to call unless ``torch.use_deterministic_algorithms(True)`` is set.
 
         Raises:
             GridError: ``x`` has another number of sequences or tokens.

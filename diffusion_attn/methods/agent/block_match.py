@@ -2,49 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.core.session import bind_call
 from diffusion_attn.methods.agent.setting import Counts, Setting, Size
 from diffusion_attn.ops.match_tokens import TokenMatch, match_tokens
 
+PLANS = "merge_plans"
+"""The entry of ``cross_attention_kwargs`` under which the plans of a transformer's blocks travel."""
 
-class BlockMatch:
-    """The matching of one block, from the block's input to its end, and the hooks that make and use it.
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What one block merges in one forward pass.
+
+    It travels with the call: a block that is computed once more in the backward pass, as gradient checkpointing does,
+    is given the plan of its own forward pass and not that of the latest.
 
     Attributes:
-        setting: in force in this forward pass; ``None``: nothing is merged.
+        setting: of the phase.
         grid, counts: of the block's tokens.
         choice: the destinations.
-        match: what came of them while the block is computed.
     """
 
-    setting: Setting | None = None
+    setting: Setting
     grid: Size
     counts: Counts
     choice: torch.Tensor | None = None
-    match: TokenMatch | None = None
 
-    def find(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+
+@dataclass
+class BlockMatch:
+    """The matching of the block ``name``, from the block's input to its end, and the hooks that make and use it.
+
+    Attributes:
+        setting, match: while a block is computed that merges.
+    """
+
+    name: str
+    setting: Setting | None = field(default=None, init=False)
+    match: TokenMatch | None = field(default=None, init=False)
+
+    def find(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before the block: its input, not yet normalised, is what tokens are compared by."""
-        self.match = None  # of a pass that was broken off
-        if self.setting is None:
-            return
+        self.setting = self.match = None  # of a pass that was broken off
+        call = bind_call(block, args, kwargs)
+        extra = dict(call.get("cross_attention_kwargs") or {})
+        if PLANS not in extra:
+            return None
+        plan = extra.pop(PLANS)[self.name]
+        self.setting = plan.setting
         self.match = match_tokens(
-            args[0] if args else kwargs["hidden_states"],
-            grid=self.grid,
-            stride=self.setting.stride,
-            merge=self.counts.merge,
-            agents=self.counts.fewer,
-            cell_choice=self.choice,
+            call["hidden_states"],
+            grid=plan.grid,
+            stride=plan.setting.stride,
+            merge=plan.counts.merge,
+            agents=plan.counts.fewer,
+            cell_choice=plan.choice,
         )
+        return (), {**call, "cross_attention_kwargs": extra}
 
     def forget(self, block: nn.Module, args: tuple, output: Any) -> None:
         """After the block."""
-        self.match = None
+        self.setting = self.match = None
 
     def merge(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before a layer inside the block that is to work on merged tokens.

@@ -19,9 +19,11 @@ SOURCES = ("keyed", "reference")
 class Choices:
     """The draws of one enabled method.
 
-    ``"keyed"``: seed, step and block decide, so that guidance branches, repeated and resumed runs agree however they
-    are batched. ``"reference"``: a generator draws once for each matching in the order of execution, as the official
-    code does: not at all for odd batches, and from the seed again in each phase and each run.
+    ``"keyed"``: seed, step and block decide, so that guidance branches and repeated runs agree however they are
+    batched; the step is counted in the whole schedule, so that a run which begins inside it draws as one that came
+    there. ``"reference"``: a generator draws once for each matching in the order of execution, as the official code
+    does: not at all for odd batches, and from the seed again in each phase and whenever the step falls back. A run of
+    one step, and a denoiser without a schedule, never fall back: their draws go on where the last ended.
 
     Attributes:
         rng: ``"keyed"`` or ``"reference"``.
@@ -38,10 +40,12 @@ class Choices:
     def draw(self, setting: Setting, context: StepContext, block: str, batch: int, cells: Size) -> torch.Tensor | None:
         """Long of shape ``cells`` as `match_tokens` takes it, on the CPU; ``None``: the top-left token of each."""
         if self.given is not None:
-            return self.given(context.step, block, cells)
+            return self._checked(self.given(context.step, block, cells), setting, block, cells)
         if self.rng == "keyed":
-            key = hashlib.blake2b(f"{self.seed}/{context.step}/{block}".encode(), digest_size=8).digest()
-            self._generator.manual_seed(int.from_bytes(key) >> 1)
+            key = hashlib.blake2b(
+                f"{self.seed}/{context.skipped + context.step}/{block}".encode(), digest_size=8
+            ).digest()
+            self._generator.manual_seed(int.from_bytes(key, "big") >> 1)
         else:
             if self._last is None or setting != self._last[0] or context.step < self._last[1]:
                 self._generator.manual_seed(self.seed)
@@ -49,3 +53,13 @@ class Choices:
             if batch % 2:
                 return None
         return torch.randint(setting.stride[0] * setting.stride[1], cells, generator=self._generator)
+
+    @staticmethod
+    def _checked(choice: torch.Tensor, setting: Setting, block: str, cells: Size) -> torch.Tensor:
+        size = setting.stride[0] * setting.stride[1]
+        if tuple(choice.shape) != cells or not (int(choice.min()) >= 0 and int(choice.max()) < size):
+            raise ValueError(
+                f"cell_choice for {block} gave shape {tuple(choice.shape)} and values from {int(choice.min())} to "
+                f"{int(choice.max())}: expected shape {cells} and values from 0 to {size - 1}."
+            )
+        return choice

@@ -16,7 +16,8 @@ from diffusion_attn.core.context import StepContext
 from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
-from diffusion_attn.methods.agent.block_match import BlockMatch
+from diffusion_attn.core.session import bind_call
+from diffusion_attn.methods.agent.block_match import PLANS, BlockMatch, MergePlan
 from diffusion_attn.methods.agent.choice import SOURCES, CellChoice, Choices
 from diffusion_attn.methods.agent.processor import MergedAttnProcessor
 from diffusion_attn.methods.agent.setting import Setting, Size
@@ -118,7 +119,9 @@ class Merging:
             return ()
         height, width = (size, size) if isinstance(size, int) else size
         limit = self._limit(unet)
-        factors = sorted({factor for _, factor, _ in transformers(unet) if factor <= limit})
+        factors = sorted(
+            {factor for _, factor, found in transformers(unet) if factor <= limit and _self_attending(found)}
+        )
         grids = [(math.ceil(height / factor), math.ceil(width / factor)) for factor in factors]
         return tuple(
             f"{grid[0]} x {grid[1]} (native size), {phase}: {setting.counts(grid)}"
@@ -157,10 +160,9 @@ class Hooks:
     def install_on(self, attachment: Attachment, transformer: nn.Module, blocks: dict[str, Any]) -> None:
         """Register the hooks of one transformer and its ``blocks``."""
         self.context = attachment.context
-        matches = {name: BlockMatch() for name in blocks}
-        attachment.before(transformer, partial(self.begin, matches), kwargs=True)
+        attachment.before(transformer, partial(self.begin, tuple(blocks)), kwargs=True)
         for name, block in blocks.items():
-            match = matches[name]
+            match = BlockMatch(name)
             attachment.before(block, match.find, kwargs=True)
             attachment.after(block, match.forget)
             attachment.process(f"{name}.attn1", block.attn1, MergedAttnProcessor(match))
@@ -169,9 +171,10 @@ class Hooks:
                 attachment.after(layer, match.unmerge)
 
     @torch.compiler.disable
-    def begin(self, matches: dict[str, BlockMatch], transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(self, blocks: tuple[str, ...], transformer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """Before a transformer: what its blocks are to merge in this pass, on the grid that it is really given."""
-        hidden = args[0] if args else kwargs["hidden_states"]
+        call = bind_call(transformer, args, kwargs)
+        hidden = call["hidden_states"]
         context, grid = self.context(), (hidden.shape[-2], hidden.shape[-1])
         setting = self.options.setting(context)
         counts = setting.counts(grid)
@@ -181,8 +184,10 @@ class Hooks:
         if (grid, setting) not in self._told:
             self._told.add((grid, setting))
             logger.info("%s on %d x %d: %s", self.options.name, *grid, counts if on else "nothing is merged")
-        for name, match in matches.items():
-            match.setting, match.grid, match.counts = (setting if on else None), grid, counts
-            if on:
-                choice = self.choices.draw(setting, context, name, len(hidden), counts.cells)
-                match.choice = None if choice is None else choice.to(hidden.device)
+        if not on:
+            return None
+        plans = {}
+        for name in blocks:
+            choice = self.choices.draw(setting, context, name, len(hidden), counts.cells)
+            plans[name] = MergePlan(setting, grid, counts, None if choice is None else choice.to(hidden.device))
+        return (), {**call, "cross_attention_kwargs": {**(call.get("cross_attention_kwargs") or {}), PLANS: plans}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -54,18 +55,21 @@ class MergedAttnProcessor(UNetAttnProcessor):
         query, key, value = self.project(attn, match.merge(hidden_states), None)
         pooled = match.agents(hidden_states)
         agents = None if pooled is None else self.project(attn, pooled, None)[0]
-        if attn.upcast_attention:
+        upcast = bool(attn.upcast_attention)
+        if upcast:
             query, key, value = query.float(), key.float(), value.float()
-        if agents is None:
-            out = self.attend(attn, query, key, value, None, cross=False)
-        else:
-            query, key, value, agents = (x.transpose(1, 2) for x in (query, key, value, agents.to(query.dtype)))
-            out = agent_attention(
-                query,
-                key,
-                value,
-                agents,
-                second_scale=query.shape[-1] ** (-0.5 * setting.second_scale_power),
-                shortcut=setting.shortcut,
-            ).transpose(1, 2)
+        # Under autocast the products would go back to 16 bits.
+        with torch.autocast(query.device.type, enabled=False) if upcast else nullcontext():
+            if agents is None:
+                out = self.attend(attn, query, key, value, None, cross=False)
+            else:
+                query, key, value, agents = (x.transpose(1, 2) for x in (query, key, value, agents.to(query.dtype)))
+                out = agent_attention(
+                    query,
+                    key,
+                    value,
+                    agents,
+                    second_scale=query.shape[-1] ** (-0.5 * setting.second_scale_power),
+                    shortcut=setting.shortcut,
+                ).transpose(1, 2)
         return match.unmerge(self.project_out(attn, out.flatten(2, 3).to(hidden_states.dtype)))

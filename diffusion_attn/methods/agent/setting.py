@@ -25,6 +25,10 @@ class Setting:
     second_scale_power: float = 1.0
     shortcut: float = 0.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.stride, list):
+            object.__setattr__(self, "stride", tuple(self.stride))
+
     def check(self, phase: str) -> None:
         """Make sure that the numbers of ``phase`` are what they should be.
 
@@ -34,8 +38,11 @@ class Setting:
         for name, share in (("ratio", self.ratio), ("agent_ratio", self.agent_ratio or 0)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share!r} ({phase}): expected a share of the tokens between 0 and 1.")
-        if len(self.stride) != 2 or min(self.stride) < 1:
-            raise ValueError(f"stride={self.stride!r} ({phase}): expected (rows, columns) of a cell, each at least 1.")
+        pair = isinstance(self.stride, tuple) and len(self.stride) == 2
+        if not pair or not all(isinstance(side, int) and side >= 1 for side in self.stride):
+            raise ValueError(
+                f"stride={self.stride!r} ({phase}): expected (rows, columns) of a cell, whole numbers of at least 1."
+            )
 
     def counts(self, grid: Size) -> Counts:
         """What becomes of the tokens of ``grid``.

@@ -18,7 +18,7 @@ from diffusion_attn.methods.agent.setting import Setting, Size
 class TokenMerging(Merging):
     """Options of token merging, beside those of `Merging`; the defaults are those of its authors.
 
-    A bare denoiser that is enabled without ``timesteps`` makes the same draw at every step.
+    A bare denoiser that is enabled without ``timesteps`` makes the same draw at every step, with ``rng="keyed"``.
 
     Args:
         ratio: share of the tokens that is merged away; ``stride`` limits what can be.
