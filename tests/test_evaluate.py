@@ -104,9 +104,14 @@ def test_flux_and_its_students_are_measured(prompts, tmp_path, guidance):
             assert grid.crop((48 * column, 0, 48 * column + 48, 48)).tobytes() == image.tobytes()
 
 
-def test_a_method_without_an_embedded_teacher_asks_for_one(tmp_path, capsys):
-    assert main(["evaluate", "--method", "clear", "--device", "cpu", "--output", str(tmp_path / "out")]) == 2
-    assert "name the student's with --teacher" in capsys.readouterr().err
+def test_each_method_has_a_teacher_of_its_own(monkeypatch, tmp_path):
+    """Without ``--teacher``; named before anything is loaded."""
+    asked = []
+    monkeypatch.setattr("diffusion_attn.cli.models.check_model", lambda model, option: asked.append(model) or 1 / 0)
+    monkeypatch.setattr("diffusion_attn.shapes.models.available", lambda: ["shapes-sd", "shapes-flux"])
+    for method in ("linfusion", "clear"):
+        assert main(["evaluate", "--method", method, "--device", "cpu", "--output", str(tmp_path / "out")]) == 2
+    assert asked == ["shapes-sd", "shapes-flux"]
 
 
 def test_a_student_that_is_the_teacher_is_told_as_such(model, tmp_path, prompts, monkeypatch):

@@ -38,7 +38,7 @@ from diffusion_attn.shapes.scenes import sample_scenes
 
 _SHOWN = 8  # pictures of the grid
 _CAPTIONS = 200  # of an embedded model without --prompts
-_TEACHERS = {"linfusion": "shapes-sd"}  # without --teacher
+_TEACHERS = {"linfusion": "shapes-sd", "clear": "shapes-flux"}  # without --teacher
 
 
 def add_arguments(parser: Any) -> None:
@@ -71,9 +71,7 @@ def run(args: Any) -> int:
     if find_spec("torchmetrics") is None:
         raise CommandError("evaluate needs torchmetrics, which is not installed; pip install diffusion-attn[metrics].")
     check_numbers(args, {"count": 1, "steps": 1, "guidance": 0, "seed": 0, "batch": 1})
-    teacher = args.teacher or _TEACHERS.get(args.method)
-    if teacher is None:
-        raise CommandError(f"--method {args.method} has no embedded teacher; name the student's with --teacher.")
+    teacher = args.teacher or _TEACHERS[args.method]
     prompts = _prompts(args, teacher)
     if args.fid is not None and len(prompts) < 2:
         raise CommandError(f"--fid {args.fid!r} compares sets of pictures; give two prompts or more.")

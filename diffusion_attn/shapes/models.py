@@ -21,7 +21,8 @@ def load_pipeline(name: str = "shapes-sd", **kwargs: Any) -> Any:
         kwargs: passed to ``DiffusionPipeline.from_pretrained``, for example ``dtype=torch.bfloat16``.
 
     Returns:
-        A stock diffusers pipeline (``shapes-sd``: ``StableDiffusionPipeline``), float32 unless ``dtype`` says so.
+        A stock diffusers pipeline (``shapes-sd``: ``StableDiffusionPipeline``, ``shapes-flux``: ``FluxPipeline``),
+        float32 unless ``dtype`` says so.
 
     Raises:
         ValueError: there is no such model.

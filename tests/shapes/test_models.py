@@ -1,9 +1,9 @@
-"""The embedded model: stock classes load it, any text is served, and it draws what is asked."""
+"""The embedded models: stock classes load them, any text is served, and they draw what is asked."""
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 import diffusion_attn as da
@@ -80,3 +80,27 @@ def test_so_does_its_student(pipe):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"name='shapes-xl' is not an embedded model; there are: shapes-sd"):
         da.shapes.load_pipeline("shapes-xl")
+
+
+def test_the_flux_model_is_stock_and_draws_what_is_asked():
+    folder = FOLDER / "shapes-flux"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
+    pipe = da.shapes.load_pipeline("shapes-flux")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe) is FluxPipeline and pipe.vae.config.sample_size == 128
+    length = pipe.tokenizer_2.model_max_length
+    prompts = [da.shapes.caption(scene) for scene in da.shapes.sample_scenes(8, seed=98, held_out=True)]
+    images = pipe(
+        prompts,
+        negative_prompt=[""] * len(prompts),
+        true_cfg_scale=3.0,
+        height=128,
+        width=128,
+        num_inference_steps=16,
+        max_sequence_length=length,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
+    ).images
+    score = da.shapes.score(images, prompts)
+    assert score.exact >= 3 / 8 and score.background >= 0.9 and score.wrong_color <= 1  # the card: 0.745, 1, 0
