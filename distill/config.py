@@ -91,6 +91,7 @@ class DataConfig:
             ``"bucket"``: it does not, but is cropped to the nearest of several shapes with about as many pixels.
         max_aspect: longer side by shorter side of the longest bucket.
         caption_dropout: share of captions that are replaced by the empty one.
+        latent: of the autoencoder's posterior, ``"sample"`` (what large models are trained on) or ``"mean"``.
         max_broken: share of the pictures that may turn out to be unreadable before the run stops.
         workers: processes that load pictures beside the training.
     """
@@ -105,6 +106,7 @@ class DataConfig:
     fit: Literal["squash", "crop", "bucket"] = "squash"
     max_aspect: float = 2.0
     caption_dropout: float = 0.0
+    latent: Literal["sample", "mean"] = "sample"
     max_broken: float = 0.01
     workers: int = 0
 

@@ -31,7 +31,9 @@ class Draws:
     dropped: torch.Tensor
 
     @classmethod
-    def of(cls, seed: int, step: int, batch: int, latent: Sequence[int], timesteps: int, dropout: float) -> Draws:
+    def of(
+        cls, seed: int, step: int, batch: int, latent: Sequence[int], timesteps: int, dropout: float, sampled: bool
+    ) -> Draws:
         """The draws of optimiser step ``step`` for its whole batch.
 
         Args:
@@ -41,13 +43,14 @@ class Draws:
             latent: channels, height and width of one latent.
             timesteps: how many the model was trained on; all are as likely.
             dropout: share of captions that are dropped.
+            sampled: latents are samples of the posterior; else they are its mean.
         """
         source = generator(seed, "step", step)
         shape = (batch, *latent)
         return cls(
             torch.randint(timesteps, (batch,), generator=source),
             torch.randn(shape, generator=source),
-            torch.randn(shape, generator=source),
+            torch.randn(shape, generator=source) * sampled,
             torch.rand(batch, generator=source) < dropout,
         )
 

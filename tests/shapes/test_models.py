@@ -78,7 +78,9 @@ def test_so_does_its_student(pipe):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"name='shapes-xl' is not an embedded model; there are: shapes-flux, shapes-sd"):
+    with pytest.raises(
+        ValueError, match=r"name='shapes-xl' is not an embedded model; there are: shapes-flux, shapes-sd"
+    ):
         da.shapes.load_pipeline("shapes-xl")
 
 
