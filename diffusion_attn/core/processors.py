@@ -26,6 +26,7 @@ _EXACT_WITHOUT_OP = {"JointAttnProcessor", "UNetAttnProcessor"}
 """Classes of ours that are stock attention as long as they are given no op."""
 
 _HELD = "_held_by_diffusion_attn"
+"""Set on processors of methods in force."""
 
 
 def check_exact(name: str, processor: Any) -> None:
@@ -57,13 +58,13 @@ class HeldProcessor:
 
     def __post_init__(self) -> None:
         self.original = self.attn.processor
-        setattr(self.processor, _HELD, True)
         for name in ("_attention_backend", "_parallel_config"):
             if hasattr(self.original, name) and hasattr(self.processor, name):
                 setattr(self.processor, name, getattr(self.original, name))
 
     def set(self) -> None:
         """Put the processor in its place."""
+        setattr(self.processor, _HELD, True)
         self.attn.set_processor(self.processor)
 
     def hold(self) -> None:
@@ -86,6 +87,7 @@ class HeldProcessor:
 
         What diffusers has set on this one since, its attention backend and how the model is parallel, goes with it.
         """
+        setattr(self.processor, _HELD, False)
         for name in ("_attention_backend", "_parallel_config"):
             value = getattr(self.processor, name, None)
             if hasattr(self.original, name) and getattr(self.original, name) is not value:
