@@ -61,7 +61,7 @@ def parts(args: argparse.Namespace, cache: Path) -> dict[str, Callable[[], Any]]
     with torch.no_grad():
         encoded = encode(pipe, samples, device)
         empty = encode_captions(pipe, [""], device)
-    draws = Draws.of(0, 0, batch, encoded.mean.shape[1:], len(schedule), 0.1, True).to(device)
+    draws = Draws.of(0, 0, batch, encoded.mean.shape[1:], len(schedule), 0.1, sampled=True).to(device)
     call, target = denoiser_inputs(pipe, schedule, encoded, empty, draws)
 
     def teach() -> tuple[torch.Tensor, list[torch.Tensor]]:

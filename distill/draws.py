@@ -32,7 +32,7 @@ class Draws:
 
     @classmethod
     def of(
-        cls, seed: int, step: int, batch: int, latent: Sequence[int], timesteps: int, dropout: float, sampled: bool
+        cls, seed: int, step: int, batch: int, latent: Sequence[int], timesteps: int, dropout: float, *, sampled: bool
     ) -> Draws:
         """The draws of optimiser step ``step`` for its whole batch.
 

@@ -135,7 +135,7 @@ class Distiller:
                         encoded.mean.shape[1:],
                         len(noise_schedule),
                         config.data.caption_dropout,
-                        config.data.latent == "sample",
+                        sampled=config.data.latent == "sample",
                     )
                     share = draws.share(start, optim.micro_batch).to(device)
                     call, target = denoiser_inputs(pipe, noise_schedule, encoded, empty, share, config.model.guidance)

@@ -368,7 +368,7 @@ def parse_args() -> argparse.Namespace:
     add("--caption-dropout", type=float, default=0.1, help="share of empty captions, for guidance")
     add("--picture-every", type=int, default=400, help="steps between picture grids")
     add("--captions", type=int, default=200, help="held-out captions to evaluate on")
-    add("--guidance", type=float, default=2.0)
+    add("--guidance", type=float, default=3.0)
     return parser.parse_args()
 
 

@@ -96,6 +96,8 @@ def test_keyed_draws_differ_by_seed_step_and_block():
     choices = da.methods.agent.merging.Choices("keyed", 0, None)
     setting, context = Setting(0.5, (2, 2)), da.core.context.StepContext
     draws = [choices.draw(setting, context(8, 8, step), block, 2, (9, 9)) for step in (0, 1) for block in "ab"]
+    joined = choices.draw(setting, context(8, 8, 0, skipped=1), "b", 2, (9, 9))  # a run that begins at the second step
+    assert torch.equal(joined, draws[3])
     assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 4
     assert {int(x) for draw in draws for x in draw.unique()} == {0, 1, 2, 3}
 
@@ -297,16 +299,18 @@ def test_upcast_attention_is_honoured_in_both_phases(agents):
 
 
 def test_upcast_attention_holds_under_autocast():
-    attn, hidden, _ = processor_and_layer(torch.float32, upcast=True)
-    seen = {}
-    for autocast in (True, False):
-        hook = attn.to_out[0].register_forward_pre_hook(lambda module, args: seen.update({autocast: args[0]}))  # noqa: B023
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            attn(hidden)
-        hook.remove()
-    # Projections are rounded under autocast, so both differ; products in bfloat16 would differ by more.
-    assert seen[True].dtype == torch.float32
-    assert not torch.equal(seen[True], seen[True].bfloat16().float())
+    attn, hidden, match = processor_and_layer(torch.float32, upcast=True)
+    seen = []
+    attn.to_out[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    processor = MergedAttnProcessor()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attn(hidden)
+        projected = processor.project(attn, match.match.merge(hidden), None)
+        agents = processor.project(attn, match.match.agents(hidden), None)[0]
+    q, k, v, a = (x.float().transpose(1, 2) for x in (*projected, agents))
+    assert projected[0].dtype == torch.bfloat16  # autocast was at work, and stopped where logits begin
+    exact = da.ops.agent_attention(q, k, v, a, second_scale=8 ** (-0.5 * 0.3), shortcut=0.075)
+    torch.testing.assert_close(seen[0], exact.transpose(1, 2).flatten(2), atol=1e-6, rtol=1e-6)
 
 
 def test_gradient_checkpointing_recomputes_with_the_plan_of_its_own_pass():

@@ -108,7 +108,6 @@ def test_each_method_has_a_teacher_of_its_own(monkeypatch, tmp_path):
     """Without ``--teacher``; named before anything is loaded."""
     asked = []
     monkeypatch.setattr("diffusion_attn.cli.models.check_model", lambda model, option: asked.append(model) or 1 / 0)
-    monkeypatch.setattr("diffusion_attn.shapes.models.available", lambda: ["shapes-sd", "shapes-flux"])
     for method in ("linfusion", "clear"):
         assert main(["evaluate", "--method", method, "--device", "cpu", "--output", str(tmp_path / "out")]) == 2
     assert asked == ["shapes-sd", "shapes-flux"]

@@ -181,3 +181,17 @@ def test_a_scheduler_without_timesteps():
     da.enable(pipe, da.HiDiffusion())
     with pytest.raises(ScheduleError, match="set_timesteps"):
         pipe.unet(torch.randn(1, 4, 32, 32), 5, torch.randn(1, 5, 12))
+
+
+def test_a_rounded_timestep_without_a_hint_is_the_nearest_place():
+    """DDIM keeps no index, and in bfloat16 several of many steps are within the rounding."""
+    pipe = tiny.sd()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(500)
+    schedule, timesteps = Schedule(pipe), pipe.scheduler.timesteps
+    schedule.locate(timesteps[0])
+    for timestep in timesteps[10::70]:
+        rounded = timestep.to(torch.bfloat16)
+        step, *_ = schedule.locate(rounded)
+        distances = (timesteps - rounded.float()).abs()
+        assert distances[step] == distances.min()

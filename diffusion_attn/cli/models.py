@@ -17,7 +17,8 @@ Size = tuple[int, int]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NEEDED = ("prompt", "width", "height", "num_inference_steps", "generator")
-_EMBEDDED_STEPS, _EMBEDDED_GUIDANCE = 30, 2.0  # what the embedded models are evaluated with
+_EMBEDDED_STEPS = 30
+_EMBEDDED_GUIDANCE = {"shapes-flux": 3.0, "shapes-sd": 2.0}  # what their cards recommend
 
 
 def check_model(model: str, option: str = "--model") -> None:
@@ -135,7 +136,7 @@ def guidance_of(pipe: Any, model: str, asked: float | None) -> float | None:
     if asked is not None or parameter is None:
         return asked
     if _is_embedded(model):
-        return _EMBEDDED_GUIDANCE
+        return _EMBEDDED_GUIDANCE[model]
     # Without that input (FLUX.1-schnell) guidance costs a second evaluation, which nobody has asked for.
     takes_it = getattr(pipe, "transformer", None) is None or pipe.transformer.config.get("guidance_embeds", True)
     return parameter.default if takes_it else 1.0
