@@ -9,7 +9,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 
 import diffusion_attn as da
-from diffusion_attn.methods.agent.block_match import PLANS, BlockMatch, MergePlan
+from diffusion_attn.core.session import argument_names
+from diffusion_attn.methods.agent.block_match import PLAN, BlockMatch, MergePlan
 from diffusion_attn.methods.agent.processor import MergedAttnProcessor
 from diffusion_attn.methods.agent.setting import Setting
 from tests import tiny
@@ -260,10 +261,10 @@ def processor_and_layer(dtype=torch.float32, upcast=False):
     block = seed_parameters(BasicTransformerBlock(32, 4, 8).eval())
     attn = block.attn1.to(dtype)
     attn.upcast_attention = upcast
-    match, setting = BlockMatch("block"), Setting(0.4, (4, 4), 0.95, 0.3, 0.075)
-    plans = {"block": MergePlan(setting, (8, 8), setting.counts((8, 8)))}
+    match, setting = BlockMatch(torch.tensor(0), argument_names(block)), Setting(0.4, (4, 4), 0.95, 0.3, 0.075)
+    plan = MergePlan(setting, (8, 8), setting.counts((8, 8)))
     hidden = (noise(2, 64, 32) * 4).to(dtype)
-    match.find(block, (hidden,), {"cross_attention_kwargs": {PLANS: plans}})
+    match.find(block, (hidden,), {"cross_attention_kwargs": {PLAN: plan}})
     attn.set_processor(MergedAttnProcessor(match))
     return attn, hidden, match
 

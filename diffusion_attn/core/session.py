@@ -116,5 +116,9 @@ def check_conflicts(plans: dict[str, Plan]) -> None:
 
 def bind_call(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a denoiser's forward call by name, however they were passed."""
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(argument_names(denoiser), args, strict=False)), **kwargs}
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of what the forward call of ``module`` takes, in its order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]

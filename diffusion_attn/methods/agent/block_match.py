@@ -9,17 +9,16 @@ import torch
 from torch import nn
 
 from diffusion_attn.core.errors import UnsupportedModelError
-from diffusion_attn.core.session import bind_call
 from diffusion_attn.methods.agent.setting import Counts, Setting, Size
 from diffusion_attn.ops.match_tokens import TokenMatch, match_tokens
 
-PLANS = "merge_plans"
-"""The entry of ``cross_attention_kwargs`` under which the plans of a transformer's blocks travel."""
+PLAN = "merge_plan"
+"""The entry of ``cross_attention_kwargs`` under which the plan of a transformer travels."""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What one block merges in one forward pass.
+    """What the blocks of one transformer merge in one forward pass.
 
     It travels with the call: a block that is computed once more in the backward pass, as gradient checkpointing does,
     is given the plan of its own forward pass and not that of the latest.
@@ -27,35 +26,38 @@ class MergePlan:
     Attributes:
         setting: of the phase.
         grid, counts: of the block's tokens.
-        choice: the destinations.
+        choices: the destinations, long of shape ``(blocks, cells_y, cells_x)``.
     """
 
     setting: Setting
     grid: Size
     counts: Counts
-    choice: torch.Tensor | None = None
+    choices: torch.Tensor | None = None
 
 
 @dataclass
 class BlockMatch:
-    """The matching of the block ``name``, from the block's input to its end, and the hooks that make and use it.
+    """The matching of one block, from the block's input to its end, and the hooks that make and use it.
 
     Attributes:
+        index: of the block in its transformer; a tensor, because compiled code is made anew for every number.
+        arguments: names of what the block's forward call takes; compiled code cannot ask for them.
         setting, match: while a block is computed that merges.
     """
 
-    name: str
+    index: torch.Tensor
+    arguments: tuple[str, ...]
     setting: Setting | None = field(default=None, init=False)
     match: TokenMatch | None = field(default=None, init=False)
 
     def find(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before the block: its input, not yet normalised, is what tokens are compared by."""
         self.setting = self.match = None  # of a pass that was broken off
-        call = bind_call(block, args, kwargs)
+        call = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         extra = dict(call.get("cross_attention_kwargs") or {})
-        if PLANS not in extra:
+        if PLAN not in extra:
             return None
-        plan = extra.pop(PLANS)[self.name]
+        plan = extra.pop(PLAN)
         self.setting = plan.setting
         self.match = match_tokens(
             call["hidden_states"],
@@ -63,7 +65,7 @@ class BlockMatch:
             stride=plan.setting.stride,
             merge=plan.counts.merge,
             agents=plan.counts.fewer,
-            cell_choice=plan.choice,
+            cell_choice=None if plan.choices is None else plan.choices[self.index],
         )
         return (), {**call, "cross_attention_kwargs": extra}
 

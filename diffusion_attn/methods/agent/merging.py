@@ -16,8 +16,8 @@ from diffusion_attn.core.context import StepContext
 from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
-from diffusion_attn.core.session import bind_call
-from diffusion_attn.methods.agent.block_match import PLANS, BlockMatch, MergePlan
+from diffusion_attn.core.session import argument_names, bind_call
+from diffusion_attn.methods.agent.block_match import PLAN, BlockMatch, MergePlan
 from diffusion_attn.methods.agent.choice import SOURCES, CellChoice, Choices
 from diffusion_attn.methods.agent.processor import MergedAttnProcessor
 from diffusion_attn.methods.agent.setting import Setting, Size
@@ -161,8 +161,8 @@ class Hooks:
         """Register the hooks of one transformer and its ``blocks``."""
         self.context = attachment.context
         attachment.before(transformer, partial(self.begin, tuple(blocks)), kwargs=True)
-        for name, block in blocks.items():
-            match = BlockMatch(name)
+        for index, (name, block) in enumerate(blocks.items()):
+            match = BlockMatch(torch.tensor(index), argument_names(block))
             attachment.before(block, match.find, kwargs=True)
             attachment.after(block, match.forget)
             attachment.process(f"{name}.attn1", block.attn1, MergedAttnProcessor(match))
@@ -186,8 +186,7 @@ class Hooks:
             logger.info("%s on %d x %d: %s", self.options.name, *grid, counts if on else "nothing is merged")
         if not on:
             return None
-        plans = {}
-        for name in blocks:
-            choice = self.choices.draw(setting, context, name, len(hidden), counts.cells)
-            plans[name] = MergePlan(setting, grid, counts, None if choice is None else choice.to(hidden.device))
-        return (), {**call, "cross_attention_kwargs": {**(call.get("cross_attention_kwargs") or {}), PLANS: plans}}
+        drawn = [self.choices.draw(setting, context, name, len(hidden), counts.cells) for name in blocks]
+        given = [choice.to(hidden.device) for choice in drawn if choice is not None]  # of all blocks, or of none
+        plan = MergePlan(setting, grid, counts, torch.stack(given) if given else None)
+        return (), {**call, "cross_attention_kwargs": {**(call.get("cross_attention_kwargs") or {}), PLAN: plan}}
