@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import diffusion_attn as da
 from diffusion_attn.core.session import bind_call
-from diffusion_attn.methods.unet_layout import attention_levels, mirror
+from diffusion_attn.core.unet_layout import attention_levels, mirror
 from diffusion_attn.metrics.cost import Cost, measure
 
 ROOT = Path(__file__).resolve().parents[1]

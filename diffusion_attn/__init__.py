@@ -40,6 +40,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """Parts that are loaded when they are first asked for: they cost more than the rest together."""
-    if name == "distill":
+    if name in ("distill", "editing", "pipelines"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

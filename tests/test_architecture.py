@@ -16,9 +16,11 @@ MAY_IMPORT = {
     "processors": {"processors", "ops", "core"},
     "methods": {"methods", "processors", "ops", "core"},
     "shapes": {"shapes", "core"},
+    "editing": {"editing", "processors", "core", "metrics.cost", "version"},
+    "pipelines": {"pipelines", "editing", "core"},
     "distill": {"distill", "methods", "core", "shapes", "metrics"},
 }
-FOLDERS = {"distill": ROOT / "distill"}  # the others are inside the package
+FOLDERS = {name: ROOT / name for name in ("distill", "pipelines")}  # the others are inside the package
 ENTRY_POINT = "__main__.py"  # imported by nothing, so it may import the command line
 BASE = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "jsonargparse"}
 BROUGHT = {"numpy", "PIL", "psutil", "tqdm", "yaml", "huggingface_hub"}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 import diffusion_attn as da
+from diffusion_attn.core.joint_layout import read_grid
 from diffusion_attn.methods.clear.tokens import find_cells
-from diffusion_attn.methods.joint_layout import read_grid
 from diffusion_attn.ops.local_rule import tile_order
 from tests import tiny
 from tests.golden.seeded import seed_parameters

@@ -11,8 +11,8 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import diffusion_attn as da
+from diffusion_attn.core.joint_layout import attentions
 from diffusion_attn.methods.clear.layers import ClearLayer, ClearWeights
-from diffusion_attn.methods.joint_layout import attentions
 from tests import tiny
 from tests.tiny import call_flux, clear_weights
 

@@ -10,8 +10,8 @@ import torch
 
 import diffusion_attn as da
 from diffusion_attn.core.context import StepContext
+from diffusion_attn.core.unet_layout import trace_sizes
 from diffusion_attn.methods.hidiffusion.regime import Regime, regime
-from diffusion_attn.methods.unet_layout import trace_sizes
 from tests import tiny
 from tests.tiny import forward, noise, picture
 

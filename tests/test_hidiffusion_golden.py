@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import diffusion_attn as da
 from diffusion_attn.core.context import StepContext
+from diffusion_attn.core.unet_layout import Sizes
 from diffusion_attn.methods.hidiffusion.hooks import Call, Hooks, reduced_control_size
 from diffusion_attn.methods.hidiffusion.regime import Regime, regime
-from diffusion_attn.methods.unet_layout import Sizes
 from tests.golden.seeded import seed_parameters, seeded_tensor
 
 FOLDER = Path(__file__).parent / "golden" / "hidiffusion"

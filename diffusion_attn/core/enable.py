@@ -183,6 +183,23 @@ def _restore(session: Session, previous: dict, schedule: Schedule | None) -> Non
 
 def _forget_compiled(target: Any) -> None:
     """Compiled code does not notice hooks that come or go (dynamo does not guard them): have it traced again."""
-    outer = _outer_denoiser(target)
-    if hasattr(outer, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in outer.modules()):
+    if _is_compiled(_outer_denoiser(target)):
         torch.compiler.reset()
+
+
+@contextmanager
+def eager(denoiser: nn.Module) -> Iterator[None]:
+    """Run compiled code of ``denoiser`` as plain Python for a block of code, then as compiled again."""
+    if not _is_compiled(denoiser):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(denoiser: nn.Module) -> bool:
+    """Whether it, or a block of it, is called through ``torch.compile``."""
+    wrapped = (
+        getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in denoiser.modules()
+    )
+    return any(wrapped)

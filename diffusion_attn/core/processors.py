@@ -38,13 +38,18 @@ def check_exact(name: str, processor: Any) -> None:
         MethodConflictError: it is not one of the ways to compute stock attention.
     """
     kind = type(processor).__name__
-    if getattr(processor, _HELD, False) or kind in _EXACT or (kind in _EXACT_WITHOUT_OP and processor.op is None):
+    if is_held(processor) or kind in _EXACT or (kind in _EXACT_WITHOUT_OP and processor.op is None):
         return
     raise MethodConflictError(
         f"{name} has the processor {type(processor).__name__}, which is more than stock attention: a method of "
         "diffusion-attn that replaces the attention of this layer would switch it off. Use one of them: take the "
         "processor (or the guidance that sets it, such as PAG and SAG) off, or disable the method."
     )
+
+
+def is_held(processor: Any) -> bool:
+    """Whether ``processor`` belongs to a method that is in force."""
+    return getattr(processor, _HELD, False)
 
 
 @dataclass

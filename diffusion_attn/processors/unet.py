@@ -55,7 +55,7 @@ class UNetAttnProcessor:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         query, key, value = self.project(attn, hidden_states, encoder_hidden_states)
-        out = self.attend(attn, query, key, value, attention_mask, encoder_hidden_states is not None)
+        out = self.attend(attn, query, key, value, attention_mask, encoder_hidden_states is not None, **kwargs)
         hidden_states = self.project_out(attn, out.flatten(2, 3).to(query.dtype))
 
         if size is not None:
@@ -94,20 +94,24 @@ class UNetAttnProcessor:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cross: bool,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """``(batch, tokens, heads, head_dim)`` from the same: through the op, or exact where it does not serve."""
         if self.op is not None and not cross:
             return apply_op(self.op, query, key, value, attention_mask)
+        return self.attend_exactly(query, key, value, full_mask(attn, attention_mask, key))
+
+    def attend_exactly(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Exact attention by the backend that is set, with a mask ``(batch, heads, 1 or tokens, keys)``."""
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], key.shape[0])
-            attention_mask = attention_mask.unflatten(0, (key.shape[0], attn.heads))
         return dispatch_attention_fn(
             query,
             key,
             value,
-            attn_mask=attention_mask,
+            attn_mask=mask,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
@@ -115,6 +119,13 @@ class UNetAttnProcessor:
     def project_out(self, attn: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's output projection of ``(batch, tokens, channels)``."""
         return attn.to_out[1](attn.to_out[0](hidden))
+
+
+def full_mask(attn: Any, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+    """The mask of a layer as ``(batch, heads, 1 or tokens, keys)``, for a key ``(batch, keys, heads, head_dim)``."""
+    if mask is None:
+        return None
+    return attn.prepare_attention_mask(mask, key.shape[1], key.shape[0]).unflatten(0, (key.shape[0], attn.heads))
 
 
 def apply_op(

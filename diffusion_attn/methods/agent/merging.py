@@ -17,11 +17,11 @@ from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
 from diffusion_attn.core.session import argument_names, bind_call
+from diffusion_attn.core.unet_layout import transformers
 from diffusion_attn.methods.agent.block_match import PLAN, BlockMatch, MergePlan
 from diffusion_attn.methods.agent.choice import SOURCES, CellChoice, Choices
 from diffusion_attn.methods.agent.processor import MergedAttnProcessor
 from diffusion_attn.methods.agent.setting import Setting, Size
-from diffusion_attn.methods.unet_layout import transformers
 
 logger = logging.getLogger(__name__)
 

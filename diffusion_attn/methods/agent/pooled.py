@@ -14,11 +14,11 @@ from torch import nn
 
 from diffusion_attn.core.context import StepContext
 from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.core.joint_layout import attentions, hand_on, read_grid
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
 from diffusion_attn.core.session import bind_call
 from diffusion_attn.methods.agent.setting import Size
-from diffusion_attn.methods.joint_layout import attentions, hand_on, read_grid
 from diffusion_attn.ops.agent_attention import joint_agent_attention, pool_agents
 from diffusion_attn.processors.joint import JointAttnProcessor, rotated
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from diffusion_attn.core.errors import CheckpointFormatError, UnsupportedModelError
+from diffusion_attn.core.joint_layout import attentions
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
 from diffusion_attn.methods import checkpoints
@@ -23,7 +24,6 @@ from diffusion_attn.methods.clear.layers import ClearLayer, ClearWeights, linear
 from diffusion_attn.methods.clear.processor import ClearProcessor
 from diffusion_attn.methods.clear.rule import Rule
 from diffusion_attn.methods.clear.tokens import FluxTokens, reader_for
-from diffusion_attn.methods.joint_layout import attentions
 from diffusion_attn.methods.stand_in import base_layer, check_place, check_projections, place_layer
 from diffusion_attn.ops.local_attention import Backend
 
@@ -317,7 +317,7 @@ def _find(
         files = [file for file, match in named if factor in (None, int(match[2] or 1))]
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
-            remedy = "radius= and down_factor= of the one that is meant" if files else "a folder of CLEAR weights"
+            remedy = "the one that is meant, or its radius= and down_factor=" if files else "a folder of CLEAR weights"
             raise CheckpointFormatError(
                 f"folder {str(id_or_file)!r} has {len(files)} files of CLEAR's names, and one is needed ({found}); "
                 f"give {remedy}."

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from diffusion_attn.core.errors import GridError, UnsupportedModelError
+from diffusion_attn.core.joint_layout import hand_on, read_grid
 from diffusion_attn.core.method import Attachment
 from diffusion_attn.core.session import bind_call
 from diffusion_attn.methods.clear.rule import Rule
-from diffusion_attn.methods.joint_layout import hand_on, read_grid
 from diffusion_attn.ops.local_attention import choose_backend
 from diffusion_attn.ops.local_rule import Disc, tile_order
 

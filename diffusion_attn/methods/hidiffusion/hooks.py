@@ -18,8 +18,7 @@ from diffusion_attn.core.context import StepContext
 from diffusion_attn.core.errors import GridError, UnsupportedModelError
 from diffusion_attn.core.method import Attachment
 from diffusion_attn.core.session import bind_call
-from diffusion_attn.methods.hidiffusion.regime import FAMILIES, Regime, regime
-from diffusion_attn.methods.unet_layout import (
+from diffusion_attn.core.unet_layout import (
     Size,
     Sizes,
     attention_levels,
@@ -28,6 +27,7 @@ from diffusion_attn.methods.unet_layout import (
     self_attentions,
     trace_sizes,
 )
+from diffusion_attn.methods.hidiffusion.regime import FAMILIES, Regime, regime
 from diffusion_attn.ops.window_attention import inverse_order, window_order
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.method import Plan, Target
+from diffusion_attn.core.unet_layout import attention_levels
 from diffusion_attn.methods.hidiffusion.hooks import Hooks
 from diffusion_attn.methods.hidiffusion.regime import FAMILIES, LOW_T1, family_of
-from diffusion_attn.methods.unet_layout import attention_levels
 
 Shift = str | int | Callable[[int, str], int]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusion_attn.core.context import StepContext
-from diffusion_attn.methods.unet_layout import attention_levels
+from diffusion_attn.core.unet_layout import attention_levels
 
 if TYPE_CHECKING:
     from diffusion_attn.methods.hidiffusion.method import HiDiffusion

@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import nn
 
 from diffusion_attn.core.errors import CheckpointFormatError
+from diffusion_attn.core.unet_layout import spatial_self_attentions
 from diffusion_attn.methods.stand_in import base_layer, copy_weights
-from diffusion_attn.methods.unet_layout import spatial_self_attentions
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 from diffusion_attn.core.errors import CheckpointFormatError, UnsupportedModelError
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
+from diffusion_attn.core.unet_layout import spatial_self_attentions
 from diffusion_attn.methods import checkpoints
 from diffusion_attn.methods.linfusion.layers import (
     BASES,
@@ -28,7 +29,6 @@ from diffusion_attn.methods.linfusion.layers import (
 )
 from diffusion_attn.methods.linfusion.processor import LinFusionProcessor
 from diffusion_attn.methods.stand_in import base_layer, check_place, check_projections, place_layer
-from diffusion_attn.methods.unet_layout import spatial_self_attentions
 
 MidDim = int | Callable[[int], int | None] | None
 

@@ -49,6 +49,7 @@ class LinFusionProcessor(StandIn, UNetAttnProcessor):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cross: bool,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Linear attention, whatever sequence the keys come from."""
         return apply_op(linear_attention, query, key, value, attention_mask)

@@ -1,0 +1,316 @@
+"""Looking at attention: what each word of a prompt attends to while any pipeline draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+from diffusion_attn.core.context import Schedule
+from diffusion_attn.core.enable import resolve
+from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.core.joint_layout import read_grid
+from diffusion_attn.core.session import FLUX_UNIT, bind_call
+from diffusion_attn.core.unet_layout import Size
+from diffusion_attn.editing.attention import Fused, controlled, probabilities
+from diffusion_attn.editing.layers import AttentionLayer, attention_layers, grid_of
+from diffusion_attn.editing.prompts import word_tokens
+
+_COLORS = ("#000004", "#fcfdbf", "#b63679")  # of the least, the greatest, and halfway
+
+
+class AttentionMaps:
+    """Cross-attention of one run, averaged over heads, layers and steps: how much each pixel looks at each word.
+
+    Attributes:
+        prompts: of the pictures.
+        steps: how many were recorded.
+    """
+
+    def __init__(self, texts: Sequence[_Text], words: Sequence[str] | None) -> None:
+        self._texts, self._words = texts, words
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget everything: a new run begins."""
+        self.prompts: list[str] = []
+        self.steps = 0
+        self._total: torch.Tensor | None = None
+        self._by_step: list[torch.Tensor] = []
+
+    def add(self, maps: torch.Tensor) -> None:
+        """Take the maps ``(pictures, height, width, tokens)`` of one step."""
+        maps = maps.detach().float().cpu()
+        self._total = maps if self._total is None else self._total + maps
+        self.steps += 1
+        if self._words is not None:
+            columns = [self._columns(maps, word, image) for image in range(len(maps)) for word in self._words]
+            self._by_step.append(torch.stack(columns).unflatten(0, (len(maps), -1)))
+
+    @property
+    def maps(self) -> torch.Tensor:
+        """``(pictures, height, width, tokens)`` float32, the mean over the steps.
+
+        Raises:
+            RuntimeError: nothing was drawn.
+        """
+        if self._total is None:
+            raise RuntimeError("no attention has been recorded; call the pipeline inside the `with` block.")
+        return self._total / self.steps
+
+    def word(self, word: str | int, *, image: int = 0, step: int | None = None) -> torch.Tensor:
+        """``(height, width)`` float32: the attention to a word of the prompt, averaged over its tokens.
+
+        Args:
+            word: its text, or its index in ``prompt.split(" ")``.
+            image: which picture of the batch.
+            step: one of them, for words that were given to `record`; ``None``: the mean of all.
+
+        Raises:
+            ValueError: the prompt has no such word, or the step was not recorded.
+        """
+        if step is None:
+            return self._columns(self.maps, word, image)
+        if word not in (self._words or ()) or not 0 <= step < self.steps:
+            raise ValueError(
+                f"step {step} of {word!r} was not recorded; steps 0 to {self.steps - 1} are kept of the words that "
+                f"record(pipe, words=...) is given: {list(self._words or ())}."
+            )
+        return self._by_step[step][image, list(self._words or ()).index(cast(str, word))]
+
+    def heatmap(
+        self,
+        word: str | int,
+        *,
+        image: int = 0,
+        step: int | None = None,
+        size: Size = (512, 512),
+        over: Image.Image | None = None,
+    ) -> Image.Image:
+        """The map of a word in colours, from its least to its greatest value.
+
+        Args:
+            word, image, step: as in `word`.
+            size: ``(height, width)`` in pixels; the longer side keeps to the map's proportions.
+            over: a picture to lay it on; the heat map is then of its size.
+        """
+        grid = self.word(word, image=image, step=step)
+        low, high = grid.min(), grid.max()
+        gray = ((grid - low) / (high - low).clamp(min=1e-12) * 255).round().byte().numpy()
+        longest = max(grid.shape)
+        width, height = (
+            round(side * cells / longest) for side, cells in zip(size[::-1], grid.shape[::-1], strict=True)
+        )
+        if over is not None:
+            width, height = over.size
+        picture = Image.fromarray(gray).resize((width, height), Image.Resampling.BICUBIC)
+        colored = ImageOps.colorize(picture, *_COLORS)
+        return colored if over is None else Image.blend(over.convert("RGB"), colored, 0.6)
+
+    def grid(
+        self, words: Sequence[str] | None = None, *, image: int = 0, over: Image.Image | None = None, size: int = 192
+    ) -> Image.Image:
+        """The heat maps of several words side by side, each under its word.
+
+        Args:
+            words: which; ``None``: those given to `record`, or all of the prompt.
+            image, over: as in `heatmap`.
+            size: of one of them, in pixels.
+        """
+        if words is None:
+            words = self._words or list(dict.fromkeys(self._prompt(image).split()))
+        tiles = [self.heatmap(word, image=image, size=(size, size), over=over) for word in words]
+        if over is not None:
+            tiles = [tile.resize((size, round(size * over.height / over.width))) for tile in tiles]
+        columns = min(len(tiles), 6)
+        width, height, line = tiles[0].width, tiles[0].height, 16
+        rows = math.ceil(len(tiles) / columns)
+        sheet = Image.new("RGB", (columns * width, rows * (height + line)), "white")
+        draw = ImageDraw.Draw(sheet)
+        for index, (word, tile) in enumerate(zip(words, tiles, strict=True)):
+            x, y = index % columns * width, index // columns * (height + line)
+            draw.text((x + 4, y + 2), str(word), fill="black")
+            sheet.paste(tile, (x, y + line))
+        return sheet
+
+    def check_words(self) -> None:
+        """Make sure that the words to record are in the prompts.
+
+        Raises:
+            ValueError: one is not.
+        """
+        for image in range(len(self.prompts)):
+            for word in self._words or ():
+                self._tokens(word, image)
+
+    def _prompt(self, image: int) -> str:
+        if not self.prompts:
+            raise ValueError(
+                "the words of the prompt are not known, since the pipeline was given embeddings; give the text to "
+                "record(pipe, prompt=...)."
+            )
+        # A prompt may be drawn several times.
+        return self.prompts[image * len(self.prompts) // len(self.maps)] if self.steps else self.prompts[image]
+
+    def _tokens(self, word: str | int, image: int) -> list[int]:
+        prompt = self._prompt(image)
+        tokens = [text.offset + t for text in self._texts for t in word_tokens(prompt, word, text.tokenizer)]
+        if not tokens:
+            raise ValueError(f"{word!r} is not a word of the prompt {prompt!r}.")
+        return tokens
+
+    def _columns(self, maps: torch.Tensor, word: str | int, image: int) -> torch.Tensor:
+        if not 0 <= image < len(maps):
+            raise ValueError(f"image is {image}; the run drew {len(maps)} pictures, counted from 0.")
+        return maps[image][..., self._tokens(word, image)].mean(-1)
+
+
+@contextmanager
+def record(
+    pipe: Any, words: Sequence[str] | None = None, *, prompt: str | Sequence[str] | None = None, finest: int = 1
+) -> Iterator[AttentionMaps]:
+    """Record what each word attends to while ``pipe`` draws inside the block; the picture does not change.
+
+    Serves UNet pipelines (Stable Diffusion, XL, with ControlNet, adapters, LoRA) and, through the text columns of their
+    joint attention, FLUX and SD3. Cross-attention of all levels is averaged, brought to the size of the finest. Of
+    several runs in the block the last one counts.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        words: of which every step is kept too, and that have to be in the prompt; ``None``: any word can be asked for.
+        prompt: only needed when the pipeline is called with embeddings.
+        finest: leave out levels whose sides are less than ``finest`` times smaller than the latent's.
+
+    Raises:
+        UnsupportedModelError: the pipeline has no attention that can be read.
+        MethodConflictError: a method in force computes it.
+        ValueError: a word is not in the prompt (raised when the pipeline is called).
+    """
+    pipeline, denoiser = resolve(pipe)
+    if pipeline is None:
+        raise UnsupportedModelError(f"record() takes a pipeline, whose prompt it reads, not a {type(pipe).__name__}.")
+    layers = [x for x in attention_layers(denoiser) if x.kind in ("cross", "joint") and x.factor >= finest]
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(denoiser).__name__} has no cross-attention that is {finest} times smaller than its latent or more; "
+            "record() reads UNets with cross-attention, FLUX and SD3."
+        )
+    texts = _texts(pipeline)
+    maps = AttentionMaps(texts, words)
+    reader = _Reader(pipeline, maps, [prompt] if isinstance(prompt, str) else list(prompt or ()))
+    with ExitStack() as stack:
+        stack.enter_context(controlled(pipe.unet if hasattr(pipe, "unet") else pipe.transformer, layers, reader))
+        encoder = texts[0].encoder
+        if encoder is not None:
+            stack.callback(encoder.register_forward_pre_hook(reader.read_prompt, with_kwargs=True).remove)
+        stack.callback(denoiser.register_forward_pre_hook(reader.enter, with_kwargs=True).remove)
+        stack.callback(denoiser.register_forward_hook(reader.leave).remove)
+        yield maps
+
+
+class _Text:
+    """A text encoder whose tokens stand in the denoiser's text from ``offset`` on."""
+
+    def __init__(self, tokenizer: Any, encoder: Any, offset: int = 0) -> None:
+        self.tokenizer, self.encoder, self.offset = tokenizer, encoder, offset
+
+
+def _texts(pipe: Any) -> list[_Text]:
+    part = lambda name: getattr(pipe, name, None)  # noqa: E731
+    if part("tokenizer_3") is not None or part("text_encoder_3") is not None:
+        first = _Text(pipe.tokenizer, pipe.text_encoder)
+        if part("tokenizer_3") is None:
+            return [first]
+        return [first, _Text(pipe.tokenizer_3, pipe.text_encoder_3, pipe.tokenizer.model_max_length)]
+    if part("transformer") is not None:
+        return [_Text(pipe.tokenizer_2, pipe.text_encoder_2)]
+    if part("tokenizer") is not None:
+        return [_Text(pipe.tokenizer, pipe.text_encoder)]
+    return [_Text(pipe.tokenizer_2, pipe.text_encoder_2)]  # the refiner of SDXL
+
+
+class _Reader:
+    """Reads the maps of each forward pass of a denoiser, and knows the prompts from their tokens."""
+
+    def __init__(self, pipe: Any, maps: AttentionMaps, prompts: list[str]) -> None:
+        self.pipe, self.maps, self.given = pipe, maps, prompts
+        self.tokenizer = maps._texts[0].tokenizer
+        self.schedule = Schedule(pipe)
+        self.prompts: list[str] = []
+        self.size: Size = (0, 0)
+        self.text = 0
+        self.step = -1  # the last one that was recorded
+        self.reading = False
+        self.layers: list[torch.Tensor] = []
+
+    def read_prompt(self, encoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The first text that is encoded for a run is the prompt; negative ones come after it."""
+        if self.prompts:
+            return
+        ids = args[0] if args else kwargs["input_ids"]
+        self.prompts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        self.step = -1
+
+    def enter(self, denoiser: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a forward pass: where it stands, and how its tokens lie."""
+        call = bind_call(denoiser, args, kwargs)
+        flux = "img_ids" in call
+        step, _, _ = self.schedule.locate(call["timestep"], FLUX_UNIT if flux else 1)
+        # Further calls at a step are of other branches of the guidance.
+        self.reading = step > self.step or (step == 0 and self.step > 0)
+        if not self.reading:
+            return
+        if step <= self.step or self.step < 0:
+            self.maps.begin()
+            self.maps.prompts = self.given or self.prompts
+            self.maps.check_words()
+        self.step, self.prompts = step, []
+        self.text = call["encoder_hidden_states"].shape[1]
+        self.layers = []
+        if flux:
+            self.size, _ = read_grid(call["img_ids"])
+        elif "sample" in call:
+            self.size = tuple(call["sample"].shape[-2:])
+        else:
+            patch = denoiser.config.patch_size
+            height, width = call["hidden_states"].shape[-2:]
+            self.size = height // patch, width // patch
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        fused: Fused,
+    ) -> torch.Tensor:
+        """The fused attention, while its map is added to the others."""
+        out = fused(query, key, value, mask)
+        if self.reading and layer.kind != "image":
+            first = len(query) // 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 0
+            picture = query[first:, self.text :] if layer.kind == "joint" else query[first:]
+            heads = query.shape[2]
+            if mask is not None:
+                mask = mask[first:].expand(-1, heads, query.shape[1], -1)[:, :, -picture.shape[1] :]
+            total = torch.zeros((), device=query.device)
+            for head in range(heads):  # one at a time: joint attention is of all the tokens to all the tokens
+                one = slice(head, head + 1)
+                rows = None if mask is None else mask[:, one]
+                total = total + probabilities(picture[:, :, one], key[first:, :, one], rows)[:, 0, :, : self.text]
+            self.layers.append((total / heads).unflatten(1, grid_of(picture.shape[1], self.size)))
+        return out
+
+    def leave(self, denoiser: Any, args: tuple, output: Any) -> None:
+        """After a forward pass: one map of all its layers."""
+        if not self.reading:
+            return
+        finest = max((maps.shape[1:3] for maps in self.layers), key=math.prod)
+        resized = [F.interpolate(maps.permute(0, 3, 1, 2), finest, mode="bilinear") for maps in self.layers]
+        self.maps.add(torch.stack(resized).mean(0).permute(0, 2, 3, 1))
+        self.layers = []

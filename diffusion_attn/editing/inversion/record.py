@@ -1,0 +1,150 @@
+"""What an inversion knows of a picture, and the file it lives in."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
+from diffusion_attn.editing.text import LearnedWords
+from diffusion_attn.version import __version__
+
+_FORMAT = "diffusion-attn inversion 1"
+
+
+@dataclass(kw_only=True)
+class Inversion:
+    """A picture as latents along a schedule, with what was learned to come back to it.
+
+    Attributes:
+        latents: ``(N + 1, 1, C, h, w)`` float32, from the picture ``[0]`` to the noisiest ``[N]``.
+        timesteps: ``(N,)`` long, noisiest first.
+        prompt: that describes the picture.
+        prompt_embeds: ``(1, L, D)``.
+        null_embeds: ``(N, L, D)``, unconditional embeddings learned for each step; fewer while that is not finished.
+        words: whose embeddings were learned.
+        word_embeds: ``(N, K, D)``, their input embeddings at each step, one for each of their tokens.
+        reconstruction: ``(1, C, h, w)``, where sampling with what was learned ends.
+        direct: the source is put back on ``latents`` after each step of sampling.
+        history: one entry for each evaluation of the losses of words.
+        settings: of each stage, as it was called.
+        cost: of each stage: calls of the UNet, seconds, peak memory in bytes.
+        model: numbers that tell the pipeline it belongs to from others.
+    """
+
+    latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    timesteps: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    prompt: str | None = None
+    prompt_embeds: torch.Tensor | None = None
+    null_embeds: torch.Tensor | None = None
+    words: tuple[str, ...] = ()
+    word_embeds: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    direct: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    model: tuple[float, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """``N``."""
+        return len(self.timesteps)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(h, w)`` of the latents."""
+        return self.latents.shape[-2], self.latents.shape[-1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether something was learned for every step, or nothing for any."""
+        return self.null_embeds is None or len(self.null_embeds) == self.steps
+
+    def learned(self, step: int) -> LearnedWords | None:
+        """The embeddings of its words at ``step``."""
+        return None if self.word_embeds is None else LearnedWords(self.words, self.word_embeds[step])
+
+    def check(self, pipe: Any) -> None:
+        """Make sure that it can be used with ``pipe``.
+
+        Raises:
+            DiffusionAttnError: it is of another model, or not finished.
+        """
+        if not self.finished:
+            raise DiffusionAttnError(
+                f"this inversion ends at step {len(self.null_embeds or ())} of {self.steps}; finish it by calling the "
+                "function that began it again, with the same options."
+            )
+        numbers, known = torch.tensor(fingerprint(pipe)), torch.tensor(self.model)
+        if len(numbers) and len(known) and not torch.allclose(numbers, known, rtol=2e-2, atol=1e-4):
+            raise DiffusionAttnError(
+                f"this inversion of {self.prompt!r} was made with other weights than those of this "
+                f"{type(pipe).__name__}; load that model, or invert the picture again."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all: tensors, and the rest as JSON in its metadata."""
+        from safetensors.torch import save_file
+
+        tensors, rest = {}, {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, torch.Tensor):
+                tensors[each.name] = value.detach().cpu().contiguous()
+            else:
+                rest[each.name] = value
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        metadata = {"format": _FORMAT, "version": __version__, "inversion": json.dumps(rest)}
+        try:
+            save_file(tensors, part, metadata)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Inversion:
+        """Read what `save` has written.
+
+        Raises:
+            CheckpointFormatError: it is another kind of file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise CheckpointFormatError(
+                        f"{os.fspath(path)!r} is not an inversion ({metadata.get('format', 'no format named')!r} where "
+                        f"{_FORMAT!r} is expected); give a file that Inversion.save has written."
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointFormatError(
+                f"{os.fspath(path)!r} is not a safetensors file ({error}); give one that Inversion.save has written."
+            ) from error
+        rest = json.loads(metadata["inversion"])
+        for name in ("words", "model"):
+            rest[name] = tuple(rest[name])
+        return cls(**tensors, **rest)
+
+    def with_cost(self, stage: str, **cost: float) -> Inversion:
+        """The same with what one more stage has cost."""
+        return replace(self, cost={**self.cost, stage: cost})
+
+
+def fingerprint(pipe: Any) -> tuple[float, ...]:
+    """A few numbers of the UNet and of the text encoder, the same in every precision to within 1 %."""
+    sources = [pipe.unet.conv_in.weight, pipe.unet.time_embedding.linear_1.weight, pipe.unet.conv_out.weight]
+    sources.append(pipe.text_encoder.get_input_embeddings().weight)
+    if any(x.is_meta for x in sources):  # offloaded one by one: there is nothing to read
+        return ()
+    return tuple(float(value) for x in sources for value in x.detach().flatten()[:4].float())

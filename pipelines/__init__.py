@@ -1,0 +1,7 @@
+"""Pipelines that edit pictures; each is made of a stock pipeline's own components with ``from_pipe``."""
+
+from diffusion_attn.pipelines.dpl import DPLPipeline
+from diffusion_attn.pipelines.output import EditOutput
+from diffusion_attn.pipelines.prompt_to_prompt import PromptToPromptPipeline
+
+__all__ = ["DPLPipeline", "EditOutput", "PromptToPromptPipeline"]

@@ -1,0 +1,169 @@
+"""What editing pipelines share: components, pictures in and out, and words to blend."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from diffusion_attn.core.unet_layout import Size
+from diffusion_attn.editing.inversion.network import scale_of
+from diffusion_attn.editing.prompts import word_tokens
+from diffusion_attn.editing.text import text_encoders
+
+Words = str | Sequence[str]
+
+
+class EditingPipeline(DiffusionPipeline):
+    """The components of a Stable Diffusion 1, 2 or XL pipeline, for editing."""
+
+    # Set by diffusers, whose pipelines are not typed.
+    vae: Any
+    unet: Any
+    tokenizer: Any
+    scheduler: Any
+    register_modules: Any
+    register_to_config: Any
+    set_progress_bar_config: Any
+    progress_bar: Any
+    maybe_free_model_hooks: Any
+    _execution_device: torch.device
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
+    _optional_components: ClassVar = ["text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        self.vae_scale_factor = scale_of(self)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
+        """This pipeline around the components of another, which stay what, where and how precise they are.
+
+        Args:
+            pipeline: of Stable Diffusion 1, 2 or XL.
+            components: to use instead of some of its own.
+
+        Raises:
+            UnsupportedModelError: it is of another family.
+        """
+        text_encoders(pipeline)
+        names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        found = {name: getattr(pipeline, name) for name in names if hasattr(pipeline, name)}
+        if "force_zeros_for_empty_prompt" in pipeline.config:
+            found["force_zeros_for_empty_prompt"] = pipeline.config["force_zeros_for_empty_prompt"]
+        made = cls(**{**found, **components})
+        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        return made
+
+    @torch.no_grad()
+    def encode_image(self, image: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """Scaled latents ``(rows, C, h, w)`` float32 of a picture: the mean of the autoencoder's posterior.
+
+        Args:
+            image: a PIL picture, an array, a tensor, or latents, which come back as they are.
+            height, width: in pixels; ``None``: the picture's, cut down to what the autoencoder takes.
+        """
+        if isinstance(image, torch.Tensor) and image.shape[-3] == self.unet.config.in_channels:
+            return image.to(self._execution_device, torch.float32)
+        pixels = self.image_processor.preprocess(image, height, width).to(self._execution_device)
+        with self._vae() as vae:
+            return vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Pictures of scaled latents ``(rows, C, h, w)``, as ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``."""
+        if output_type == "latent":
+            return latents
+        with self._vae() as vae:
+            pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+
+    @contextmanager
+    def _vae(self) -> Any:
+        """The autoencoder, in float32 where half precision overflows in it."""
+        vae = self.vae
+        lifted = vae.dtype == torch.float16 and vae.config.force_upcast
+        if lifted:
+            vae.to(dtype=torch.float32)
+        try:
+            yield vae
+        finally:
+            if lifted:
+                vae.to(dtype=torch.float16)
+
+    def latent_size(self, height: int | None, width: int | None) -> Size:
+        """Height and width in latent cells, from pixels or the model's own.
+
+        Raises:
+            ValueError: the sides are no multiples of what a cell covers.
+        """
+        sample = self.unet.config.sample_size
+        own = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        sides = [
+            side * self.vae_scale_factor if given is None else given
+            for side, given in zip(own, (height, width), strict=True)
+        ]
+        if any(side % self.vae_scale_factor for side in sides):
+            raise ValueError(f"height and width are {sides}; give multiples of {self.vae_scale_factor} pixels.")
+        return sides[0] // self.vae_scale_factor, sides[1] // self.vae_scale_factor
+
+    def blend_tokens(self, prompts: Sequence[str], blend_words: Sequence[Words]) -> list[list[int]]:
+        """The token positions of the words to blend at, for each of ``prompts``.
+
+        Raises:
+            ValueError: there is not one entry for each prompt, or a word is not in its prompt.
+        """
+        if isinstance(blend_words, str) or len(blend_words) != len(prompts):
+            raise ValueError(
+                f"blend_words is {blend_words!r}; give one entry for each of the {len(prompts)} prompts, the source's "
+                "first: a word or several."
+            )
+        tokens: list[list[int]] = []
+        for prompt, words in zip(prompts, blend_words, strict=True):
+            tokens.append([])
+            for word in [words] if isinstance(words, str) else words:
+                found = word_tokens(prompt, word, self.tokenizer)
+                if not found:
+                    raise ValueError(f"blend_words names {word!r}, which is not a word of the prompt {prompt!r}.")
+                tokens[-1] += found
+        return tokens
