@@ -13,7 +13,6 @@ from diffusion_attn.editing.attention import AttentionControl, MapRecorder
 from diffusion_attn.editing.grounding import background_mask
 from diffusion_attn.editing.inversion import Inversion, ddim_invert, dynamic_prompts
 from diffusion_attn.editing.layers import map_grid, reduced, size_of
-from diffusion_attn.editing.prompts import word_tokens
 from diffusion_attn.pipelines.prompt_to_prompt import PromptToPromptPipeline
 
 
@@ -28,6 +27,7 @@ class DPLPipeline(PromptToPromptPipeline):
         *,
         num_inference_steps: int = 50,
         background: torch.Tensor | None = None,
+        background_threshold: float = 0.2,
         height: int | None = None,
         width: int | None = None,
         **options: Any,
@@ -41,35 +41,56 @@ class DPLPipeline(PromptToPromptPipeline):
             num_inference_steps: of the inversion, and of all edits with it.
             background: ``(H, W)``, true where none of the words is; ``None``: segments of the self-attention during
                 the inversion in which no word is strong.
+            background_threshold: what counts as strong, see `diffusion_attn.editing.grounding.background_mask`.
             height, width: in pixels; ``None``: the picture's.
             options: of `diffusion_attn.editing.inversion.dynamic_prompts`.
 
         Raises:
             ValueError: a word is not in the prompt, or an argument is not what it should be.
         """
-        tokens = []
-        for word in words:
-            found = word_tokens(prompt, word, self.tokenizer)
-            if not found:
-                raise ValueError(f"words names {word!r}, which is not a word of the prompt {prompt!r}.")
-            tokens.append(found)
-        latents = self.encode_image(image, height, width)
-        if background is not None:
-            inversion = ddim_invert(self, latents, prompt, num_inference_steps=num_inference_steps)
+        if background is None:
+            inversion, background = self.segment(
+                image,
+                prompt,
+                words,
+                num_inference_steps=num_inference_steps,
+                threshold=background_threshold,
+                map_size=options.get("map_size"),
+                height=height,
+                width=width,
+            )
         else:
-            map_size = options.get("map_size")
-            inversion, background = self._invert_and_segment(latents, prompt, tokens, num_inference_steps, map_size)
+            latents = self.encode_image(image, height, width)
+            inversion = ddim_invert(self, latents, prompt, num_inference_steps=num_inference_steps)
         return dynamic_prompts(self, inversion, words, background=background, **options)
 
-    def _invert_and_segment(
+    def segment(
         self,
-        latents: torch.Tensor,
+        image: Any,
         prompt: str,
-        tokens: Sequence[Sequence[int]],
-        steps: int,
-        map_size: int | Size | None,
+        words: Sequence[str],
+        *,
+        num_inference_steps: int = 50,
+        threshold: float = 0.2,
+        map_size: int | Size | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> tuple[Inversion, torch.Tensor | None]:
-        """The inversion, and where on the way the self-attention saw none of the words."""
+        """Invert a picture without optimising anything, and find where none of ``words`` is.
+
+        Args:
+            image, prompt, words, num_inference_steps, height, width: as in `invert`.
+            threshold: as in `diffusion_attn.editing.grounding.background_mask`.
+            map_size: ``(height, width)`` of the cross-attention that is read; ``None``: a quarter of the latent's.
+
+        Returns:
+            The inversion and a mask ``(H, W)`` bool, or ``None`` where words are everywhere.
+
+        Raises:
+            ValueError: a word is not in the prompt, or an argument is not what it should be.
+        """
+        [tokens] = self.word_tokens([prompt], [words], "words")
+        latents = self.encode_image(image, height, width)
         size = size_of(latents)
         half = reduced(size, 2)
         recorders = {"self": MapRecorder("self", half), "cross": MapRecorder("cross", map_grid(size, map_size))}
@@ -81,10 +102,10 @@ class DPLPipeline(PromptToPromptPipeline):
 
         control = AttentionControl(size, recorders=list(recorders.values()), guided=False)
         with control.on(self.unet):
-            inversion = ddim_invert(self, latents, prompt, num_inference_steps=steps, callback=add)
+            inversion = ddim_invert(self, latents, prompt, num_inference_steps=num_inference_steps, callback=add)
         cross = sums["cross"] / inversion.steps
-        nouns = torch.stack([cross[..., list(found)].mean(-1) for found in tokens], -1)
+        nouns = torch.stack([cross[..., found].mean(-1) for found in tokens], -1)
         if any(side % cells for side, cells in zip(half, nouns.shape[:2], strict=True)):
             nouns = F.interpolate(nouns.permute(2, 0, 1)[None], half, mode="area")[0].permute(1, 2, 0)
-        mask = background_mask((sums["self"] / inversion.steps).flatten(0, 1), nouns)
+        mask = background_mask((sums["self"] / inversion.steps).flatten(0, 1), nouns, threshold=threshold)
         return inversion, mask if mask.any() else None

@@ -147,23 +147,23 @@ class EditingPipeline(DiffusionPipeline):
             raise ValueError(f"height and width are {sides}; give multiples of {self.vae_scale_factor} pixels.")
         return sides[0] // self.vae_scale_factor, sides[1] // self.vae_scale_factor
 
-    def blend_tokens(self, prompts: Sequence[str], blend_words: Sequence[Words]) -> list[list[int]]:
-        """The token positions of the words to blend at, for each of ``prompts``.
+    def word_tokens(self, prompts: Sequence[str], words: Sequence[Words], argument: str) -> list[list[list[int]]]:
+        """The token positions of each of the words that are named for each of ``prompts``.
 
         Raises:
             ValueError: there is not one entry for each prompt, or a word is not in its prompt.
         """
-        if isinstance(blend_words, str) or len(blend_words) != len(prompts):
+        if isinstance(words, str) or len(words) != len(prompts):
             raise ValueError(
-                f"blend_words is {blend_words!r}; give one entry for each of the {len(prompts)} prompts, the source's "
-                "first: a word or several."
+                f"{argument} is {words!r}; give one entry for each of the {len(prompts)} prompts, the source's first: "
+                "a word or several."
             )
-        tokens: list[list[int]] = []
-        for prompt, words in zip(prompts, blend_words, strict=True):
-            tokens.append([])
-            for word in [words] if isinstance(words, str) else words:
-                found = word_tokens(prompt, word, self.tokenizer)
-                if not found:
-                    raise ValueError(f"blend_words names {word!r}, which is not a word of the prompt {prompt!r}.")
-                tokens[-1] += found
-        return tokens
+        found: list[list[list[int]]] = []
+        for prompt, named in zip(prompts, words, strict=True):
+            found.append([])
+            for word in [named] if isinstance(named, str) else named:
+                tokens = word_tokens(prompt, word, self.tokenizer)
+                if not tokens:
+                    raise ValueError(f"{argument} names {word!r}, which is not a word of the prompt {prompt!r}.")
+                found[-1].append(tokens)
+        return found

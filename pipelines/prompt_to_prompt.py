@@ -114,7 +114,9 @@ class PromptToPromptPipeline(EditingPipeline):
         )
         blend = None
         if blend_words is not None:
-            blend = _Blend(self.blend_tokens(prompts, blend_words), blend_threshold, map_grid(size, map_size))
+            found = self.word_tokens(prompts, blend_words, "blend_words")
+            tokens = [[token for word in row for token in word] for row in found]
+            blend = _Blend(tokens, blend_threshold, map_grid(size, map_size))
         guided = guidance_scale != 1
         control = AttentionControl(size, edit, [blend.recorder] if blend else [], guided)
         network = Network(self, size)
@@ -182,7 +184,7 @@ class _Blend:
         grid: of the maps.
     """
 
-    def __init__(self, tokens: Sequence[Sequence[int]], threshold: float, grid: Size) -> None:
+    def __init__(self, tokens: Sequence[list[int]], threshold: float, grid: Size) -> None:
         self.tokens, self.threshold = tokens, threshold
         self.recorder = MapRecorder("cross", grid)
         self.maps: torch.Tensor | None = None
@@ -191,7 +193,7 @@ class _Blend:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The latents ``(1 + T, C, h, w)`` of a step, blended."""
         maps = self.recorder.take()
-        words = [row[..., list(tokens)].sum(-1) for row, tokens in zip(maps, self.tokens, strict=True)]
+        words = [row[..., tokens].sum(-1) for row, tokens in zip(maps, self.tokens, strict=True)]
         now = torch.stack(words)[:, None]
         self.maps = now if self.maps is None else self.maps + now
         self.mask = local_blend_mask(self.maps, self.threshold, size_of(x))[1:]

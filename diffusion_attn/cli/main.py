@@ -8,13 +8,15 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from diffusion_attn.cli import cache, distill, evaluate, generate, info, make_data
+from diffusion_attn.cli import attention_map, cache, distill, edit, evaluate, generate, info, make_data
 from diffusion_attn.cli.errors import sentence
 from diffusion_attn.version import __version__
 
 PROGRAM = "diffusion-attn"
 COMMANDS = {
     "generate": generate,
+    "attention-map": attention_map,
+    "edit": edit,
     "distill": distill,
     "distill-make-data": make_data,
     "distill-cache": cache,

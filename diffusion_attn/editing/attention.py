@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0,
@@ -28,36 +29,36 @@ Fused = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None
 
 
 class MapRecorder:
-    """The mean over heads and layers of one kind of attention, at one resolution, in the forward passes so far.
+    """The mean over heads and layers of one kind of attention, in the forward passes so far.
 
     Gradients flow through what it takes, where they are on.
 
     Args:
         kind: of attention.
-        size: ``(height, width)`` of the layers to take.
+        size: ``(height, width)`` of the layers to take; ``None``: all, brought to the size of the finest.
     """
 
-    def __init__(self, kind: Kind, size: Size) -> None:
+    def __init__(self, kind: Kind, size: Size | None = None) -> None:
         self.kind, self.size = kind, size
-        self._total: torch.Tensor | None = None
+        self._sums: dict[Size, torch.Tensor] = {}
         self._layers = 0
 
     def wants(self, kind: Kind, grid: Size) -> bool:
         """Whether it takes a layer."""
-        return kind == self.kind and grid == self.size
+        return kind == self.kind and self.size in (None, grid)
 
-    def add(self, maps: torch.Tensor) -> None:
-        """Take the probabilities ``(rows, heads, queries, keys)`` of one layer."""
-        mean = maps.mean(1)
-        self._total = mean if self._total is None else self._total + mean
+    def add(self, maps: torch.Tensor, grid: Size) -> None:
+        """Take the map ``(rows, queries, keys)`` of one layer, the mean of its heads."""
+        self._sums[grid] = self._sums[grid] + maps if grid in self._sums else maps
         self._layers += 1
 
     def take(self) -> torch.Tensor:
         """``(rows, height, width, keys)``, and begin again."""
-        assert self._total is not None, "no forward pass since the last time"
-        maps = (self._total / self._layers).unflatten(1, self.size)
-        self._total, self._layers = None, 0
-        return maps
+        finest = max(self._sums)
+        levels = [_resized(maps.unflatten(1, grid), finest) for grid, maps in self._sums.items()]
+        mean = torch.stack(levels).sum(0) / self._layers
+        self._sums, self._layers = {}, 0
+        return mean
 
 
 class AttentionControl:
@@ -121,7 +122,7 @@ class AttentionControl:
                 return out
             maps = probabilities(query[first:], key[first:], _rows(mask, first))
         for recorder in recorders:
-            recorder.add(maps)
+            recorder.add(maps.mean(1), grid)
         return out
 
     @contextmanager
@@ -135,7 +136,7 @@ class AttentionControl:
         layers = list(attention_layers(unet))
         for recorder in self.recorders:
             sizes = {reduced(self.size, layer.factor) for layer in layers if layer.kind == recorder.kind}
-            if recorder.size not in sizes:
+            if recorder.size is not None and recorder.size not in sizes:
                 raise UnsupportedModelError(
                     f"map_size is {recorder.size}, and the {recorder.kind}-attention of this UNet has maps of "
                     f"{' and '.join(map(str, sorted(sizes)))} for a latent of {self.size}; give one of these."
@@ -309,6 +310,13 @@ def _processor(layer: AttentionLayer, control: Any) -> Any:
     check_exact(layer.name, current)
     kind = ControlledJointAttnProcessor if layer.kind == "joint" else ControlledAttnProcessor
     return kind(layer, control)
+
+
+def _resized(maps: torch.Tensor, size: Size) -> torch.Tensor:
+    """Maps ``(rows, H, W, keys)`` at another size."""
+    if tuple(maps.shape[1:3]) == size:
+        return maps
+    return F.interpolate(maps.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)
 
 
 def _copied(x: torch.Tensor, first: int) -> torch.Tensor:

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from diffusion_attn.core.context import Schedule
@@ -17,23 +16,31 @@ from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.joint_layout import read_grid
 from diffusion_attn.core.session import FLUX_UNIT, bind_call
 from diffusion_attn.core.unet_layout import Size
-from diffusion_attn.editing.attention import Fused, controlled, probabilities
+from diffusion_attn.editing.attention import Fused, MapRecorder, controlled, probabilities
 from diffusion_attn.editing.layers import AttentionLayer, attention_layers, grid_of
 from diffusion_attn.editing.prompts import word_tokens
 
 _COLORS = ("#000004", "#fcfdbf", "#b63679")  # of the least, the greatest, and halfway
 
 
+class Text:
+    """A text encoder whose tokens stand in the denoiser's text from ``offset`` on."""
+
+    def __init__(self, tokenizer: Any, encoder: Any, offset: int = 0) -> None:
+        self.tokenizer, self.encoder, self.offset = tokenizer, encoder, offset
+
+
 class AttentionMaps:
     """Cross-attention of one run, averaged over heads, layers and steps: how much each pixel looks at each word.
 
     Attributes:
+        texts: whose tokens the maps have.
         prompts: of the pictures.
         steps: how many were recorded.
     """
 
-    def __init__(self, texts: Sequence[_Text], words: Sequence[str] | None) -> None:
-        self._texts, self._words = texts, words
+    def __init__(self, texts: Sequence[Text], words: Sequence[str] | None = None) -> None:
+        self.texts, self._words = texts, words
         self.begin()
 
     def begin(self) -> None:
@@ -159,7 +166,7 @@ class AttentionMaps:
 
     def _tokens(self, word: str | int, image: int) -> list[int]:
         prompt = self._prompt(image)
-        tokens = [text.offset + t for text in self._texts for t in word_tokens(prompt, word, text.tokenizer)]
+        tokens = [text.offset + t for text in self.texts for t in word_tokens(prompt, word, text.tokenizer)]
         if not tokens:
             raise ValueError(f"{word!r} is not a word of the prompt {prompt!r}.")
         return tokens
@@ -213,25 +220,18 @@ def record(
         yield maps
 
 
-class _Text:
-    """A text encoder whose tokens stand in the denoiser's text from ``offset`` on."""
-
-    def __init__(self, tokenizer: Any, encoder: Any, offset: int = 0) -> None:
-        self.tokenizer, self.encoder, self.offset = tokenizer, encoder, offset
-
-
-def _texts(pipe: Any) -> list[_Text]:
+def _texts(pipe: Any) -> list[Text]:
     part = lambda name: getattr(pipe, name, None)  # noqa: E731
     if part("tokenizer_3") is not None or part("text_encoder_3") is not None:
-        first = _Text(pipe.tokenizer, pipe.text_encoder)
+        first = Text(pipe.tokenizer, pipe.text_encoder)
         if part("tokenizer_3") is None:
             return [first]
-        return [first, _Text(pipe.tokenizer_3, pipe.text_encoder_3, pipe.tokenizer.model_max_length)]
+        return [first, Text(pipe.tokenizer_3, pipe.text_encoder_3, pipe.tokenizer.model_max_length)]
     if part("transformer") is not None:
-        return [_Text(pipe.tokenizer_2, pipe.text_encoder_2)]
+        return [Text(pipe.tokenizer_2, pipe.text_encoder_2)]
     if part("tokenizer") is not None:
-        return [_Text(pipe.tokenizer, pipe.text_encoder)]
-    return [_Text(pipe.tokenizer_2, pipe.text_encoder_2)]  # the refiner of SDXL
+        return [Text(pipe.tokenizer, pipe.text_encoder)]
+    return [Text(pipe.tokenizer_2, pipe.text_encoder_2)]  # the refiner of SDXL
 
 
 class _Reader:
@@ -239,14 +239,14 @@ class _Reader:
 
     def __init__(self, pipe: Any, maps: AttentionMaps, prompts: list[str]) -> None:
         self.pipe, self.maps, self.given = pipe, maps, prompts
-        self.tokenizer = maps._texts[0].tokenizer
+        self.tokenizer = maps.texts[0].tokenizer
         self.schedule = Schedule(pipe)
         self.prompts: list[str] = []
         self.size: Size = (0, 0)
         self.text = 0
         self.step = -1  # the last one that was recorded
         self.reading = False
-        self.layers: list[torch.Tensor] = []
+        self.recorder = MapRecorder("cross")
 
     def read_prompt(self, encoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """The first text that is encoded for a run is the prompt; negative ones come after it."""
@@ -271,7 +271,6 @@ class _Reader:
             self.maps.check_words()
         self.step, self.prompts = step, []
         self.text = call["encoder_hidden_states"].shape[1]
-        self.layers = []
         if flux:
             self.size, _ = read_grid(call["img_ids"])
         elif "sample" in call:
@@ -303,14 +302,10 @@ class _Reader:
                 one = slice(head, head + 1)
                 rows = None if mask is None else mask[:, one]
                 total = total + probabilities(picture[:, :, one], key[first:, :, one], rows)[:, 0, :, : self.text]
-            self.layers.append((total / heads).unflatten(1, grid_of(picture.shape[1], self.size)))
+            self.recorder.add(total / heads, grid_of(picture.shape[1], self.size))
         return out
 
     def leave(self, denoiser: Any, args: tuple, output: Any) -> None:
         """After a forward pass: one map of all its layers."""
-        if not self.reading:
-            return
-        finest = max((maps.shape[1:3] for maps in self.layers), key=math.prod)
-        resized = [F.interpolate(maps.permute(0, 3, 1, 2), finest, mode="bilinear") for maps in self.layers]
-        self.maps.add(torch.stack(resized).mean(0).permute(0, 2, 3, 1))
-        self.layers = []
+        if self.reading:
+            self.maps.add(self.recorder.take())

@@ -53,7 +53,8 @@ def ddim_invert(
         raise ValueError("prompt is None; SDXL takes pooled embeddings too, which are made of the prompt: give it.")
     text = None if prompt is None else encode(pipe, [prompt])
     if prompt_embeds is not None:
-        text = Conditioning(prompt_embeds.to(device_of(pipe)), text and text.pooled)
+        pooled = None if text is None else text.pooled
+        text = Conditioning(prompt_embeds.to(device_of(pipe)), pooled)
     if text is None:
         raise ValueError("there is neither a prompt nor prompt_embeds; give the text that describes the picture.")
     path = Path(pipe.scheduler, num_inference_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,8 +81,9 @@ def dynamic_prompts(
         checkpoint: as in `null_text`.
 
     Returns:
-        ``inversion`` with ``words``, ``word_embeds``, ``null_embeds``, ``reconstruction`` and ``history``: an entry for
-        every evaluation, with ``step, iteration, total, balancing, disjoint, leakage``, unweighted but for ``total``.
+        ``inversion`` with ``words``, ``word_embeds``, ``null_embeds``, ``reconstruction``, ``background`` on the grid
+        of the maps, and ``history``: an entry for every evaluation, with ``step, iteration, total, balancing,
+        disjoint, leakage``, unweighted but for ``total``.
 
     Raises:
         ValueError: a word is not in the prompt, or the maps are not of a level of the UNet.
@@ -111,7 +112,8 @@ def dynamic_prompts(
         "leakage": leakage and list(leakage),
         "map_size": list(size),
     }
-    return _learn(Job(pipe, inversion, "dynamic_prompts", options), words, criteria, checkpoint)
+    kept = replace(inversion, background=background)
+    return _learn(Job(pipe, kept, "dynamic_prompts", options), words, criteria, checkpoint)
 
 
 def localised_prompts(

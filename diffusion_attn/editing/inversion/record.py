@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
-from diffusion_attn.editing.text import LearnedWords
+from diffusion_attn.editing.attention import AttentionControl, MapRecorder
+from diffusion_attn.editing.capture import AttentionMaps, Text
+from diffusion_attn.editing.inversion.network import Network
+from diffusion_attn.editing.text import LearnedWords, encode, text_encoders
 from diffusion_attn.version import __version__
 
 _FORMAT = "diffusion-attn inversion 1"
@@ -29,6 +32,7 @@ class Inversion:
         null_embeds: ``(N, L, D)``, unconditional embeddings learned for each step; fewer while that is not finished.
         words: whose embeddings were learned.
         word_embeds: ``(N, K, D)``, their input embeddings at each step, one for each of their tokens.
+        background: ``(H, W)`` bool, where the words were found not to be.
         reconstruction: ``(1, C, h, w)``, where sampling with what was learned ends.
         direct: the source is put back on ``latents`` after each step of sampling.
         history: one entry for each evaluation of the losses of words.
@@ -44,6 +48,7 @@ class Inversion:
     null_embeds: torch.Tensor | None = None
     words: tuple[str, ...] = ()
     word_embeds: torch.Tensor | None = None
+    background: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
     direct: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
@@ -87,6 +92,32 @@ class Inversion:
                 f"this inversion of {self.prompt!r} was made with other weights than those of this "
                 f"{type(pipe).__name__}; load that model, or invert the picture again."
             )
+
+    @torch.no_grad()
+    def attention_maps(self, pipe: Any) -> AttentionMaps:
+        """What each word of the prompt attends to along the inverted latents, with the embeddings that were learned.
+
+        Args:
+            pipe: the pipeline that it was made with.
+
+        Raises:
+            DiffusionAttnError: it is of another model, or not finished.
+            ValueError: it has no prompt.
+        """
+        self.check(pipe)
+        if self.prompt is None:
+            raise ValueError("the inversion has no prompt, in which words could be found.")
+        maps = AttentionMaps([Text(*text_encoders(pipe)[0])])
+        maps.prompts = [self.prompt]
+        recorder, network = MapRecorder("cross"), Network(pipe, self.size)
+        text = encode(pipe, [self.prompt])
+        with AttentionControl(self.size, recorders=[recorder], guided=False).on(pipe.unet):
+            for step, timestep in enumerate(self.timesteps.tolist()):
+                if (learned := self.learned(step)) is not None:
+                    text = encode(pipe, [self.prompt], learned)
+                network(self.latents[self.steps - step], timestep, text)
+                maps.add(recorder.take())
+        return maps
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all: tensors, and the rest as JSON in its metadata."""

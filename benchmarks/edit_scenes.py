@@ -1,0 +1,106 @@
+"""A fixed set of edits of drawn scenes, each with what must come out and where the picture may change."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from diffusion_attn.shapes.captions import caption
+from diffusion_attn.shapes.renderer import coverage, render
+from diffusion_attn.shapes.scenes import COLORS, KINDS, Scene, Shape, sample_scene
+
+KINDS_OF_EDIT = ("swap", "recolour", "insert", "reweight")
+_MARGIN = 3  # pixels around an object at 64 that count as it: anti-aliasing, and what the autoencoder smears
+
+
+@dataclass(frozen=True)
+class SceneEdit:
+    """One edit of a drawn scene.
+
+    Attributes:
+        kind: of the edit, one of `KINDS_OF_EDIT`.
+        source, target: the scene, and what it is to become.
+        object: the index in ``source`` of what is edited; what is inserted has the next.
+        weights: of words, where they alone are the edit.
+    """
+
+    kind: str
+    source: Scene
+    target: Scene
+    object: int
+    weights: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """The captions of source and target."""
+        return caption(self.source), caption(self.target)
+
+    @property
+    def words(self) -> list[str]:
+        """The nouns of the source."""
+        return [shape.kind for shape in self.source.shapes]
+
+    @property
+    def blend_words(self) -> tuple[list[str], list[str]]:
+        """The words of source and target that name what changes."""
+        changed = self.target.shapes[self.object]
+        before = [self.source.shapes[self.object].kind] if self.object < len(self.source.shapes) else []
+        return before or [self.source.shapes[0].kind], [changed.kind]
+
+    def image(self, size: int) -> Image.Image:
+        """The source, drawn."""
+        return render(self.source, size)
+
+    def masks(self, size: int) -> np.ndarray:
+        """``(objects, size, size)`` bool: where each object of the source is."""
+        return np.stack([_covered(shape, size) for shape in self.source.shapes])
+
+    def editable(self, size: int) -> np.ndarray:
+        """``(size, size)`` bool: where the picture may change, with a margin; all but the old object for insertions."""
+        if self.kind == "insert":
+            return ~_grown(_covered(self.source.shapes[0], size))
+        scenes = (self.source, self.target)
+        return _grown(np.logical_or.reduce([_covered(scene.shapes[self.object], size) for scene in scenes]))
+
+
+def scene_edits(count: int, seed: int = 0) -> Iterator[SceneEdit]:
+    """``count`` edits: their kinds in turn; scenes of one and of two objects in turn, but for insertions."""
+    rng = random.Random(seed)
+    for index in range(count):
+        kind = KINDS_OF_EDIT[index % len(KINDS_OF_EDIT)]
+        yield _draw(rng, kind, 2 if kind == "insert" else 1 + index // len(KINDS_OF_EDIT) % 2)
+
+
+def _draw(rng: random.Random, kind: str, objects: int) -> SceneEdit:
+    while True:
+        scene = sample_scene(rng)
+        kinds = {shape.kind for shape in scene.shapes}
+        if len(scene.shapes) != objects or len(kinds) != objects:
+            continue
+        if kind == "insert":
+            return SceneEdit(kind, Scene(scene.shapes[:1], scene.background), scene, 1)
+        which = rng.randrange(objects)
+        shape = scene.shapes[which]
+        if kind == "swap":
+            changed = replace(shape, kind=rng.choice([k for k in KINDS if k not in kinds]))
+        elif kind == "recolour":
+            taken = {scene.background, *(s.color for s in scene.shapes)}
+            changed = replace(shape, color=rng.choice([c for c in sorted(COLORS) if c not in taken]))
+        else:
+            return SceneEdit(kind, scene, scene, which, ((shape.kind, 0.0),))
+        shapes = tuple(changed if index == which else s for index, s in enumerate(scene.shapes))
+        return SceneEdit(kind, scene, replace(scene, shapes=shapes), which)
+
+
+def _covered(shape: Shape, size: int) -> np.ndarray:
+    return coverage(shape.kind, shape.x * size, shape.y * size, shape.radius * size, size, size) > 0.5
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask with a margin around it."""
+    side = 2 * max(1, round(_MARGIN * len(mask) / 64)) + 1
+    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(side))) > 0

@@ -1,0 +1,196 @@
+"""Edit a picture by editing the prompt that describes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffusion_attn.cli import files, models, oracle
+from diffusion_attn.cli.errors import CommandError
+from diffusion_attn.cli.pictures import Cell, Row, fit_cell, labelled_grid
+from diffusion_attn.cli.quiet import silence
+from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
+from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.editing.inversion import Inversion, ddim_invert, direct_inversion, dynamic_prompts, null_text
+from diffusion_attn.pipelines import DPLPipeline
+
+METHODS = ("p2p", "direct", "null-text", "dpl")
+_NULL = {"num_null_steps": 10, "null_start": "previous", "null_tolerance": 1e-5}
+
+
+def add_arguments(parser: Any) -> None:
+    """Add the arguments of ``diffusion-attn edit``."""
+    parser.usage = "diffusion-attn edit IMAGE --source PROMPT --target PROMPT [PROMPT ...] [--method NAME] [options]"
+    add = parser.add_argument
+    add("image", type=str, help="the picture to edit")
+    add("--source", type=str, required=True, metavar="PROMPT", help="describes the picture")
+    add("--target", nargs="+", type=str, required=True, metavar="PROMPT", help="the edited prompt, or several")
+    add("--method", choices=METHODS, default="direct", help="how the picture is inverted before Prompt-to-Prompt")
+    add("--words", nargs="+", type=str, metavar="WORD", help="with dpl: the nouns of --source to learn")
+    add(
+        "--blend", nargs=2, type=str, metavar="WORD", help="change only where these words of source and target are seen"
+    )
+    add("--weights", nargs="+", type=str, metavar="WORD=FACTOR", help="multiply the attention to words of the target")
+    add("--cross", type=float, default=0.8, help="share of the steps in which words take the source's attention")
+    add("--self", type=float, default=0.4, help="the same for self-attention, which holds the layout")
+    add("--inversion", type=str, metavar="FILE", help="use this inversion; made there first if it is not there")
+    add("--output", type=str, default="outputs", metavar="DIR", help="folder of the pictures")
+    add_model_arguments(parser)
+    add("--size", type=str, metavar="N|WxH", help="pixels, to which the picture is cut; by default the native size")
+    add("--steps", type=int, help="denoising steps; by default what the model recommends")
+    add("--guidance", type=float, help="guidance scale, 1 is none; by default what the model recommends")
+    add("--quiet", action="store_true", help="show nothing but the error, if there is one")
+
+
+def run(args: Any) -> int:
+    """Edit as the parsed ``args`` ask for and return the exit code.
+
+    Raises:
+        DiffusionAttnError: an argument, the model, the picture or the folder stands against it.
+    """
+    weights = _weights(args)
+    _check_words(args, weights)
+    check_numbers(args, {"steps": 1, "guidance": 0, "cross": 0, "self": 0})
+    size = None if args.size is None else parse_size(args.size)
+    image = _open(args.image)
+    device = pick_device(args.device)
+    models.check_model(args.model)
+    output = Path(args.output).expanduser()
+    files.prepare_folder(output)
+    with silence(args.quiet):
+        stock = models.load_model(args.model, pick_dtype(args.dtype, device), device)
+        if getattr(stock, "unet", None) is None:
+            raise UnsupportedModelError(
+                f"--model {args.model!r} is a {type(stock).__name__}; edit takes Stable Diffusion 1, 2 or XL, such as "
+                "the embedded shapes-sd."
+            )
+        size = size or models.native_size(stock)
+        models.check_size(stock, size)
+        stock.set_progress_bar_config(disable=args.quiet)
+        pipe = DPLPipeline.from_pipe(stock)
+        image = ImageOps.fit(image, size)
+        settings = {
+            "image": args.image,
+            "source": args.source,
+            "method": args.method,
+            "words": args.words or [],
+            "model": args.model,
+            "size": list(size),
+            "steps": args.steps or models.default_steps(stock, args.model),
+            "guidance": models.guidance_of(stock, args.model, args.guidance),
+            "cross": args.cross,
+            "self": args["self"],
+            "blend": args.blend,
+            "weights": weights,
+        }
+        inversion = _invert(pipe, image, args, settings)
+        result = pipe(
+            target_prompt=args.target,
+            inversion=inversion,
+            guidance_scale=settings["guidance"],
+            cross_replace_steps=args.cross,
+            self_replace_steps=args["self"],
+            word_weights=weights,
+            blend_words=args.blend and [args.blend[0], *[args.blend[1]] * len(args.target)],
+        )
+    [reconstruction] = result.source
+    columns, cells = ["picture", "reconstruction"], [Cell(fit_cell(image), ()), Cell(fit_cell(reconstruction), ())]
+    for index, (prompt, edited) in enumerate(zip(args.target, result.images, strict=True)):
+        name = f"{index:04d}-{files.slug(prompt)}-{args.method}"
+        judged = oracle.consult(edited, prompt)
+        record = {"file": f"{name}.png", **settings, "target": prompt, "cost": inversion.cost, "oracle": judged}
+        files.save_json(output / f"{name}.json", record)
+        files.save_png(output / f"{name}.png", edited, record)
+        columns.append(prompt)
+        cells.append(Cell(fit_cell(edited), (oracle.in_words(judged["judgement"]),) if judged else ()))
+        if not args.quiet:
+            print(output / f"{name}.png")
+    grid = labelled_grid(columns, [Row(f"{args.source} ({args.method})", tuple(cells))])
+    files.save_png(output / f"comparison-{args.method}.png", grid, settings)
+    return 0
+
+
+def _invert(pipe: DPLPipeline, image: Image.Image, args: Any, settings: dict[str, Any]) -> Inversion:
+    """The inversion of ``--inversion``, or one that is made and kept there; what was interrupted is finished."""
+    path = None if args.inversion is None else Path(args.inversion).expanduser()
+    options = {**_NULL, "guidance_scale": settings["guidance"], "checkpoint": path}
+    made = {name: settings[name] for name in ("source", "method", "words", "size", "steps", "guidance")}
+    if path is not None and path.is_file():
+        inversion = Inversion.load(path)
+        begun = inversion.settings.get("edit")
+        if begun != made:
+            raise CommandError(
+                f"--inversion {args.inversion!r} was made with {begun}, and {made} is asked for; name another file, or "
+                "ask for the same."
+            )
+        if inversion.finished:
+            return inversion
+    else:
+        inversion = None
+    if args.method == "dpl":
+        background = None if inversion is None else inversion.background
+        if inversion is None:
+            inversion, background = pipe.segment(image, args.source, args.words, num_inference_steps=settings["steps"])
+    elif inversion is None:
+        latents = pipe.encode_image(image)
+        inversion = ddim_invert(pipe, latents, args.source, num_inference_steps=settings["steps"])
+    inversion.settings["edit"] = made
+    if args.method == "dpl":
+        inversion = dynamic_prompts(pipe, inversion, args.words, background=background, **options)
+    elif args.method == "null-text":
+        inversion = null_text(pipe, inversion, **options)
+    elif args.method == "direct":
+        inversion = direct_inversion(pipe, inversion)
+    if path is not None:
+        inversion.save(path)
+    return inversion
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise CommandError(f"{path!r} was not found; give a picture file.") from error
+    except (OSError, UnidentifiedImageError) as error:
+        raise CommandError(f"{path!r} cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
+
+
+def _weights(args: Any) -> dict[str, float] | None:
+    """``--weights`` as a mapping.
+
+    Raises:
+        CommandError: one is not of the form WORD=FACTOR.
+    """
+    weights = {}
+    for text in args.weights or ():
+        word, sign, factor = text.rpartition("=")
+        try:
+            weights[word] = float(factor)
+        except ValueError:
+            sign = ""
+        if not sign or not word:
+            raise CommandError(f"--weights {text!r}: expected WORD=FACTOR, for example large=2.")
+    return weights or None
+
+
+def _check_words(args: Any, weights: dict[str, float] | None) -> None:
+    """Refuse words that are not in their prompts, before anything is loaded.
+
+    Raises:
+        CommandError: there is one.
+    """
+    if args.method == "dpl" and not args.words:
+        raise CommandError("--method dpl learns the nouns of --source; name them with --words.")
+    if args.method != "dpl" and args.words:
+        raise CommandError(f"--words is for --method dpl, and --method is {args.method}; leave one of them out.")
+    asked = [("--words", word, [args.source]) for word in args.words or ()]
+    asked += [("--weights", word, args.target) for word in weights or ()]
+    if args.blend:
+        asked.append(("--blend", args.blend[0], [args.source]))
+        asked += [("--blend", args.blend[1], [target]) for target in args.target]
+    for option, word, prompts in asked:
+        if not any(word in prompt.split(" ") for prompt in prompts):
+            raise CommandError(f"{option} {word!r} is not a word of {' or '.join(map(repr, prompts))}.")
