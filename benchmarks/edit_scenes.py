@@ -32,7 +32,7 @@ class SceneEdit:
     source: Scene
     target: Scene
     object: int
-    weights: tuple[tuple[str, float], ...] = ()
+    weights: dict[str, float] | None = None
 
     @property
     def prompts(self) -> tuple[str, str]:
@@ -90,8 +90,10 @@ def _draw(rng: random.Random, kind: str, objects: int) -> SceneEdit:
         elif kind == "recolour":
             taken = {scene.background, *(s.color for s in scene.shapes)}
             changed = replace(shape, color=rng.choice([c for c in sorted(COLORS) if c not in taken]))
+        elif shape.size is None:
+            continue
         else:
-            return SceneEdit(kind, scene, scene, which, ((shape.kind, 0.0),))
+            return SceneEdit(kind, scene, scene, which, {shape.size: 8.0})
         shapes = tuple(changed if index == which else s for index, s in enumerate(scene.shapes))
         return SceneEdit(kind, scene, replace(scene, shapes=shapes), which)
 

@@ -147,6 +147,22 @@ class EditingPipeline(DiffusionPipeline):
             raise ValueError(f"height and width are {sides}; give multiples of {self.vae_scale_factor} pixels.")
         return sides[0] // self.vae_scale_factor, sides[1] // self.vae_scale_factor
 
+    def image_conditions(self, embeds: list[torch.Tensor] | None) -> dict[str, Any]:
+        """What the UNet is given for its image adapters.
+
+        Raises:
+            ValueError: it has adapters and there are no embeddings, or the other way round.
+        """
+        adapted = self.unet.config.encoder_hid_dim_type == "ip_image_proj"
+        if adapted != (embeds is not None):
+            raise ValueError(
+                "ip_adapter_image_embeds are needed while an IP-Adapter is loaded, and only then; give them, or call "
+                "load_ip_adapter or unload_ip_adapter on the pipeline that this one was made from."
+            )
+        if embeds is None:
+            return {}
+        return {"image_embeds": [part.to(self._execution_device, self.unet.dtype) for part in embeds]}
+
     def word_tokens(self, prompts: Sequence[str], words: Sequence[Words], argument: str) -> list[list[list[int]]]:
         """The token positions of each of the words that are named for each of ``prompts``.
 

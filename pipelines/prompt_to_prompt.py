@@ -53,6 +53,7 @@ class PromptToPromptPipeline(EditingPipeline):
         width: int | None = None,
         generator: torch.Generator | None = None,
         latents: torch.Tensor | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
@@ -78,6 +79,8 @@ class PromptToPromptPipeline(EditingPipeline):
             height, width: in pixels; ``None``: the model's own.
             generator: of the noise.
             latents: ``(1, C, h, w)``, the noise to start from.
+            ip_adapter_image_embeds: one ``(rows of the batch, pictures, D)`` for each image adapter that is loaded,
+                unconditional rows first, used as they are.
             output_type: of the pictures.
             return_dict: an `EditOutput`, or a tuple of what it holds.
             callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": ...}``; what it
@@ -117,6 +120,7 @@ class PromptToPromptPipeline(EditingPipeline):
             found = self.word_tokens(prompts, blend_words, "blend_words")
             tokens = [[token for word in row for token in word] for row in found]
             blend = _Blend(tokens, blend_threshold, map_grid(size, map_size))
+        added = self.image_conditions(ip_adapter_image_embeds)
         guided = guidance_scale != 1
         control = AttentionControl(size, edit, [blend.recorder] if blend else [], guided)
         network = Network(self, size)
@@ -136,7 +140,7 @@ class PromptToPromptPipeline(EditingPipeline):
                 batch = torch.cat([x, x]) if guided else x
                 if path is None:
                     batch = self.scheduler.scale_model_input(batch, timestep)
-                output = network(batch, timestep, whole)
+                output = network(batch, timestep, whole, **added)
                 if guided:
                     unconditional, conditional = output.chunk(2)
                     output = unconditional + guidance_scale * (conditional - unconditional)

@@ -143,6 +143,31 @@ def test_what_is_refused(model, tmp_path, prompts, capsys, args, expected):
     assert code == 2 and expected in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("method", ["linfusion", "clear"])
+@pytest.mark.parametrize("student", ["/nowhere/student", "./student", "student", "a/b/student"])
+def test_a_student_that_is_not_there_is_told_before_any_work(model, tmp_path, prompts, capsys, method, student):
+    args = ("--method", method, "--student", student, "--prompts", prompts)
+    assert evaluate(model, tmp_path, *args)[0] == 2
+    error = capsys.readouterr().err
+    assert f"--student {student!r} was not found: there is no such folder or file here; give" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("student", ["owner/name", "misnamed.safetensors"])
+def test_a_student_whose_name_does_not_tell_the_radius(model, tmp_path, prompts, capsys, monkeypatch, student):
+    """In Python ``radius=`` does; here the remedy is a file's name, and nothing is loaded or asked of the Hub first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "misnamed.safetensors").touch()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: pytest.fail("asked the Hub"))
+    for loader in ("evaluate._scorers", "models.load_model"):
+        monkeypatch.setattr(f"diffusion_attn.cli.{loader}", lambda *args: pytest.fail("loaded something"))
+    args = ("--method", "clear", "--student", student, "--prompts", prompts)
+    assert evaluate(model, tmp_path, *args)[0] == 2
+    error = capsys.readouterr().err
+    assert f"--student {student!r} is neither" in error and "clear_local_16.safetensors" in error
+    assert "radius=" not in error
+
+
 def test_make_data_then_cache_then_distil(model, prompts, tmp_path, capsys):
     """The whole chain of the documentation on a tiny model."""
     data, cached, out = (str(tmp_path / name) for name in ("data", "cached", "out"))

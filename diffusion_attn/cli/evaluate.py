@@ -78,18 +78,19 @@ def run(args: Any) -> int:
     size = None if args.size is None else parse_size(args.size)
     device = pick_device(args.device)
     models.check_model(teacher, "--teacher")
+    if args.student is not None:
+        models.check_weights(args.student, "--student")
     output = Path(args.output).expanduser()
     files.prepare_folder(output)
     with silence(args.quiet):
+        student = _student(args)
         scorers = _scorers(args, device)
-        kind: Any = METHODS[args.method]
-        student = None if args.student is None else kind.from_pretrained(args.student)
         pipe = models.load_model(teacher, pick_dtype(args.dtype, device), device, "--teacher")
         models.show_everything(pipe)
         pipe.set_progress_bar_config(disable=True)
         size = size or models.native_size(pipe)
         models.check_size(pipe, size)
-        student = student or kind.for_pipeline(pipe)
+        student = student or METHODS[args.method].for_pipeline(pipe)
         guidance = models.guidance_of(pipe, teacher, args.guidance)
         call = {
             "width": size[0],
@@ -128,6 +129,19 @@ def _prompts(args: Any, teacher: str) -> list[str]:
     if not prompts:
         raise CommandError(f"--prompts {args.prompts!r} holds no prompt; give one a line.")
     return prompts[: args.count]
+
+
+def _student(args: Any) -> Any:
+    """The method with the weights of ``--student``; ``None`` without it: the published ones depend on the teacher."""
+    if args.student is None:
+        return None
+    try:
+        return METHODS[args.method].from_pretrained(args.student)
+    except ValueError as error:  # CLEAR's radius: an argument in Python, here only the file's name tells it
+        raise CommandError(
+            f"--student {args.student!r} is neither a folder here nor a file of a published name, such as "
+            "clear_local_16.safetensors, which tells the radius; give one of these, of the Hub the downloaded file."
+        ) from error
 
 
 def _scorers(args: Any, device: torch.device) -> dict[str, Any]:

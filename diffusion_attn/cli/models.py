@@ -11,6 +11,7 @@ from typing import Any
 from diffusion_attn.cli.errors import CommandError, is_out_of_memory
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.methods.checkpoints import local_folder
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -37,10 +38,24 @@ def check_model(model: str, option: str = "--model") -> None:
             f"{option} {model!r} is a folder without model_index.json, so not a diffusers pipeline; give the folder "
             "that save_pretrained wrote."
         )
-    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+    if not _is_hub_id(model):
         raise CommandError(
             f"{option} {model!r} was not found: it is no folder here, and no embedded model (there are: "
             f"{', '.join(available()) or 'none'}); give one of these, or a Hub id of the form owner/name."
+        )
+
+
+def check_weights(weights: str, option: str) -> None:
+    """Refuse, before anything is loaded, ``weights`` of a method, given as ``option``, that cannot be any.
+
+    Raises:
+        CommandError: they are neither here, nor come with the package, nor have the form of a Hub id.
+    """
+    here = Path(weights).expanduser().is_file() or local_folder(weights) is not None
+    if not here and not _is_hub_id(weights):
+        raise CommandError(
+            f"{option} {weights!r} was not found: there is no such folder or file here; give one that is there, or a "
+            "Hub id of the form owner/name."
         )
 
 
@@ -140,6 +155,11 @@ def guidance_of(pipe: Any, model: str, asked: float | None) -> float | None:
     # Without that input (FLUX.1-schnell) guidance costs a second evaluation, which nobody has asked for.
     takes_it = getattr(pipe, "transformer", None) is None or pipe.transformer.config.get("guidance_embeds", True)
     return parameter.default if takes_it else 1.0
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name could be one; ``outputs/student`` could."""
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
 
 
 def _is_embedded(model: str) -> bool:

@@ -174,7 +174,10 @@ class AttentionMaps:
     def _columns(self, maps: torch.Tensor, word: str | int, image: int) -> torch.Tensor:
         if not 0 <= image < len(maps):
             raise ValueError(f"image is {image}; the run drew {len(maps)} pictures, counted from 0.")
-        return maps[image][..., self._tokens(word, image)].mean(-1)
+        tokens = [token for token in self._tokens(word, image) if token < maps.shape[-1]]
+        if not tokens:
+            raise ValueError(f"{word!r} lies beyond the {maps.shape[-1]} tokens that the pipeline keeps of a prompt.")
+        return maps[image][..., tokens].mean(-1)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def word_tokens(prompt: str, word: Word, tokenizer: Any) -> list[int]:
         Ascending positions, 0 being the start token; empty if the word does not occur or is truncated.
 
     Raises:
-        ValueError: the tokenizer has no character offsets or no maximal length.
+        ValueError: the tokenizer has no character offsets.
     """
     words, _ = _words(prompt, _encode(prompt, tokenizer))
     pieces = prompt.split(" ")
@@ -171,7 +171,7 @@ def _encode(prompt: str, tokenizer: Any) -> Mapping[str, Any]:
     encoded = tokenizer(
         prompt,
         truncation=True,
-        max_length=_length(tokenizer),
+        max_length=min(tokenizer.model_max_length, _LONGEST),
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
     )

@@ -318,5 +318,11 @@ def test_a_schedule_has_steps():
 def test_tokenizers_that_do_not_serve(call):
     with pytest.raises(ValueError, match=r"ByT5Tokenizer.*load the fast one"):
         call(ByT5Tokenizer(model_max_length=40))
-    with pytest.raises(ValueError, match=r"model_max_length is 10{30}.*set it"):
-        call(tokenizers.clip(length=10**30))
+
+
+def test_tables_take_a_length():
+    tokenizer = tokenizers.clip(length=10**30)
+    assert word_tokens("a cat", "cat", tokenizer) == [2]
+    for call in (refinement_map, replacement_matrix):
+        with pytest.raises(ValueError, match=r"model_max_length is 10{30}.*set it"):
+            call("a cat", "a dog", tokenizer)

@@ -13,7 +13,7 @@ from diffusion_attn.editing.inversion.path import Path
 from diffusion_attn.editing.inversion.record import Inversion, fingerprint
 from diffusion_attn.editing.inversion.stage import progress, stage
 from diffusion_attn.editing.layers import size_of
-from diffusion_attn.editing.text import Conditioning, device_of, encode, is_xl
+from diffusion_attn.editing.text import Conditioning, device_of, encode, is_xl, text_encoders
 
 AfterStep = Callable[[int], object]
 
@@ -44,6 +44,7 @@ def ddim_invert(
         ValueError: latents of another shape, or neither prompt nor embeddings.
         UnsupportedModelError: the pipeline or its scheduler is of another kind.
     """
+    text_encoders(pipe)  # refuses other families
     if latents.ndim != 4 or len(latents) != 1 or latents.shape[1] != pipe.unet.config.in_channels:
         expected = f"(1, {pipe.unet.config.in_channels}, height, width)"
         raise ValueError(

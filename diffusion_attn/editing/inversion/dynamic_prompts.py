@@ -57,6 +57,7 @@ def dynamic_prompts(
     balancing: Weighted | None = (1.0, 25.0, 0.3),
     disjoint: Weighted | None = (0.05, 25.0, 0.9),
     leakage: Weighted | None = (0.05, 50.0, 0.7),
+    temperature: float = 100.0,
     map_size: int | Size | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Inversion:
@@ -77,6 +78,8 @@ def dynamic_prompts(
         balancing: `attention_balancing`, as ``(weight, alpha, beta)`` of loss and threshold; ``None``: off.
         disjoint: `disjoint_objects`.
         leakage: `background_leakage`.
+        temperature: of `attention_balancing`. Where other tokens take so much that the loss is 1 and has no gradient
+            left, as in models whose padding takes most, a lower one helps.
         map_size: ``(height, width)`` of the layers whose maps are read; ``None``: a quarter of the latent's.
         checkpoint: as in `null_text`.
 
@@ -96,7 +99,7 @@ def dynamic_prompts(
         background = _resized(background[None], size)[0]
     tokens = _first_tokens(pipe, inversion, words)
     criteria = [
-        _Criterion("balancing", lambda maps: attention_balancing(maps, tokens), balancing),
+        _Criterion("balancing", lambda maps: attention_balancing(maps, tokens, temperature=temperature), balancing),
         _Criterion("disjoint", lambda maps: disjoint_objects(maps, tokens), disjoint),
         _Criterion("leakage", lambda maps: _leakage(maps, tokens, background), leakage),
     ]
@@ -110,6 +113,7 @@ def dynamic_prompts(
         "balancing": balancing and list(balancing),
         "disjoint": disjoint and list(disjoint),
         "leakage": leakage and list(leakage),
+        "temperature": temperature,
         "map_size": list(size),
     }
     kept = replace(inversion, background=background)

@@ -81,9 +81,9 @@ class Inversion:
         Raises:
             DiffusionAttnError: it is of another model, or not finished.
         """
-        if not self.finished:
+        if self.null_embeds is not None and not self.finished:
             raise DiffusionAttnError(
-                f"this inversion ends at step {len(self.null_embeds or ())} of {self.steps}; finish it by calling the "
+                f"this inversion ends at step {len(self.null_embeds)} of {self.steps}; finish it by calling the "
                 "function that began it again, with the same options."
             )
         numbers, known = torch.tensor(fingerprint(pipe)), torch.tensor(self.model)
