@@ -40,6 +40,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """Parts that are loaded when they are first asked for: they cost more than the rest together."""
-    if name in ("distill", "editing", "pipelines"):
+    if name in ("distill", "editing", "metrics", "pipelines"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
