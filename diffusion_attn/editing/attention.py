@@ -107,6 +107,7 @@ class AttentionControl:
         if edit is not None and layer.kind == "cross" and edit.edits_words(self.step):
             maps = probabilities(query[first:], key[first:], _rows(mask, first))
             maps = edit.edit(maps, kind="cross", step=self.step)
+            mean = maps.mean(1)
             edited = (maps.to(value.dtype) @ value[first:].transpose(1, 2)).transpose(1, 2)
             plain = fused(query[:first], key[:first], value[:first], _rows(mask, 0, first)) if first else edited[:0]
             out = torch.cat([plain, edited])
@@ -120,9 +121,9 @@ class AttentionControl:
             out = fused(query, key, value, mask)
             if not recorders:
                 return out
-            maps = probabilities(query[first:], key[first:], _rows(mask, first))
+            mean = mean_map(query[first:], key[first:], _rows(mask, first))
         for recorder in recorders:
-            recorder.add(maps.mean(1), grid)
+            recorder.add(mean, grid)
         return out
 
     @contextmanager
@@ -167,6 +168,22 @@ def probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | N
     query = query.transpose(1, 2) * query.shape[-1] ** -0.5
     scores = (query @ key.permute(0, 2, 3, 1)).float()
     return (scores if mask is None else scores + mask).softmax(-1)
+
+
+def mean_map(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, keys: int | None = None
+) -> torch.Tensor:
+    """The mean over heads of `probabilities`, ``(batch, queries, keys)``, of the first ``keys`` keys alone.
+
+    One head at a time: between the tokens of a picture, a map of all heads can be larger than the model.
+    """
+    heads = query.shape[2]
+    total = torch.zeros((), device=query.device)
+    for head in range(heads):
+        one = slice(head, head + 1)
+        rows = mask if mask is None or mask.shape[1] == 1 else mask[:, one]
+        total = total + probabilities(query[:, :, one], key[:, :, one], rows)[:, 0, :, :keys]
+    return total / heads
 
 
 class ControlledAttnProcessor(UNetAttnProcessor):

@@ -16,7 +16,7 @@ from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.joint_layout import read_grid
 from diffusion_attn.core.session import FLUX_UNIT, bind_call
 from diffusion_attn.core.unet_layout import Size
-from diffusion_attn.editing.attention import Fused, MapRecorder, controlled, probabilities
+from diffusion_attn.editing.attention import Fused, MapRecorder, controlled, mean_map
 from diffusion_attn.editing.layers import AttentionLayer, attention_layers, grid_of
 from diffusion_attn.editing.prompts import word_tokens
 
@@ -297,15 +297,10 @@ class _Reader:
         if self.reading and layer.kind != "image":
             first = len(query) // 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 0
             picture = query[first:, self.text :] if layer.kind == "joint" else query[first:]
-            heads = query.shape[2]
             if mask is not None:
-                mask = mask[first:].expand(-1, heads, query.shape[1], -1)[:, :, -picture.shape[1] :]
-            total = torch.zeros((), device=query.device)
-            for head in range(heads):  # one at a time: joint attention is of all the tokens to all the tokens
-                one = slice(head, head + 1)
-                rows = None if mask is None else mask[:, one]
-                total = total + probabilities(picture[:, :, one], key[first:, :, one], rows)[:, 0, :, : self.text]
-            self.recorder.add(total / heads, grid_of(picture.shape[1], self.size))
+                mask = mask[first:].expand(-1, -1, query.shape[1], -1)[:, :, -picture.shape[1] :]
+            mean = mean_map(picture, key[first:], mask, keys=self.text)
+            self.recorder.add(mean, grid_of(picture.shape[1], self.size))
         return out
 
     def leave(self, denoiser: Any, args: tuple, output: Any) -> None:
