@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,20 +41,29 @@ WINDOWS = {"swap": (0.4, 0.2), "recolour": (0.4, 0.2), "insert": (0.2, 0.0), "re
 """``cross_replace_steps`` and ``self_replace_steps`` of each kind of edit, the same for all methods."""
 
 
-def _dpl(pipe: DPLPipeline, inversion: Inversion, edit: SceneEdit, guidance: float) -> Inversion:
+def _null_text(pipe: DPLPipeline, inversion: Inversion, edit: SceneEdit, guidance: float, **fewer: int) -> Inversion:
+    return null_text(pipe, inversion, guidance_scale=guidance, **{**NULL, **fewer})
+
+
+def _dpl(pipe: DPLPipeline, inversion: Inversion, edit: SceneEdit, guidance: float, **fewer: int) -> Inversion:
     grid = inversion.size
     background = torch.tensor(~np.logical_or.reduce(edit.masks(grid[0])))
-    options = {**NULL, **DPL, "map_size": grid, "guidance_scale": guidance, "background": background}
+    options = {**NULL, **DPL, **fewer, "map_size": grid, "guidance_scale": guidance, "background": background}
     return dynamic_prompts(pipe, inversion, edit.words, **options)
 
 
 METHODS: dict[str, Callable[[DPLPipeline, Inversion, SceneEdit, float], Inversion]] = {
     "plain DDIM": lambda pipe, inversion, edit, guidance: inversion,
     "direct": lambda pipe, inversion, edit, guidance: direct_inversion(pipe, inversion),
-    "null-text": lambda pipe, inversion, edit, guidance: null_text(pipe, inversion, guidance_scale=guidance, **NULL),
+    "null-text": _null_text,
+    "null-text, 3 updates": partial(_null_text, num_null_steps=3),
     "DPL": _dpl,
+    "DPL, 1 and 3 updates": partial(_dpl, num_word_steps=1, num_null_steps=3),
 }
 """How a picture is inverted before Prompt-to-Prompt edits it."""
+
+LOOKS = ("plain DDIM", "DPL", "DPL, 1 and 3 updates")
+"""Of which it is measured where the words look; in the other ways they look where they do in the first."""
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +123,7 @@ def _rows(pipe: DPLPipeline, edit: SceneEdit, methods: list[str], args: argparse
             "unet_calls": sum(stage["unet_calls"] for stage in cost),
             "seconds": sum(stage["seconds"] for stage in cost),
         }
-        if name in ("plain DDIM", "DPL"):
+        if name in LOOKS:
             row |= looks(pipe, inversion, edit)
         rows.append(row)
     return rows
@@ -178,7 +188,7 @@ def quality_table(section: dict[str, Any]) -> str:
 def _looks_table(section: dict[str, Any]) -> str:
     lines = []
     for objects in (1, 2):
-        for method in ("plain DDIM", "DPL"):
+        for method in LOOKS:
             rows = [row for row in section["rows"] if row["method"] == method and row["objects"] == objects]
             if rows:
                 means = [np.mean([row[name] for row in rows]) for name in ("overlap", "inside", "leakage")]

@@ -51,9 +51,10 @@ def test_a_table_is_filled_edit_by_edit(tmp_path, capsys):
     editing.main(["quality", *common])
     rows = json.loads(output.read_text())["quality"]["rows"]
     assert [(row["method"], row["edit"]) for row in rows] == [(m, e) for m in editing.METHODS for e in (0, 1)]
-    assert {row["method"] for row in rows if "overlap" in row} == {"plain DDIM", "DPL"}
+    assert {row["method"] for row in rows if "overlap" in row} == set(editing.LOOKS)
     calls = {row["method"]: row["unet_calls"] for row in rows}
-    assert calls["plain DDIM"] == calls["direct"] == 2 < calls["null-text"] < calls["DPL"]
+    assert calls["plain DDIM"] == calls["direct"] == 2 < calls["null-text, 3 updates"] < calls["null-text"]
+    assert calls["DPL, 1 and 3 updates"] < calls["DPL"]
     with pytest.raises(SystemExit, match="steps"):
         editing.main(["quality", "--edits", "2", "--steps", "3", "--output", str(output)])
     editing.main(["report", "--folder", str(tmp_path)])

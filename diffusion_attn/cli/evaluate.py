@@ -90,7 +90,7 @@ def run(args: Any) -> int:
         pipe.set_progress_bar_config(disable=True)
         size = size or models.native_size(pipe)
         models.check_size(pipe, size)
-        student = student or METHODS[args.method].for_pipeline(pipe)
+        student = student or _method(args).for_pipeline(pipe)
         guidance = models.guidance_of(pipe, teacher, args.guidance)
         call = {
             "width": size[0],
@@ -131,12 +131,16 @@ def _prompts(args: Any, teacher: str) -> list[str]:
     return prompts[: args.count]
 
 
+def _method(args: Any) -> Any:
+    return METHODS[args.method]
+
+
 def _student(args: Any) -> Any:
     """The method with the weights of ``--student``; ``None`` without it: the published ones depend on the teacher."""
     if args.student is None:
         return None
     try:
-        return METHODS[args.method].from_pretrained(args.student)
+        return _method(args).from_pretrained(args.student)
     except ValueError as error:  # CLEAR's radius: an argument in Python, here only the file's name tells it
         raise CommandError(
             f"--student {args.student!r} is neither a folder here nor a file of a published name, such as "
