@@ -89,8 +89,9 @@ class EditingPipeline(DiffusionPipeline):
         text_encoders(pipeline)
         names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         found = {name: getattr(pipeline, name) for name in names if hasattr(pipeline, name)}
-        if "force_zeros_for_empty_prompt" in pipeline.config:
-            found["force_zeros_for_empty_prompt"] = pipeline.config["force_zeros_for_empty_prompt"]
+        config = getattr(pipeline, "config", {})
+        if "force_zeros_for_empty_prompt" in config:
+            found["force_zeros_for_empty_prompt"] = config["force_zeros_for_empty_prompt"]
         made = cls(**{**found, **components})
         made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         return made

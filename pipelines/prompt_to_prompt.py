@@ -57,6 +57,7 @@ class PromptToPromptPipeline(EditingPipeline):
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> EditOutput | tuple[Any, ...]:
         """Draw the source and the targets.
 
@@ -85,12 +86,18 @@ class PromptToPromptPipeline(EditingPipeline):
             return_dict: an `EditOutput`, or a tuple of what it holds.
             callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": ...}``; what it
                 returns under ``"latents"`` is gone on with.
+            callback_on_step_end_tensor_inputs: what it is given; there is nothing but ``"latents"``.
 
         Raises:
             ValueError: an argument is not what it should be, or a word is not in its prompt.
             DiffusionAttnError: the inversion is of another model or prompt.
             MethodConflictError: a method in force computes the attention that is to be edited.
         """
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs is {list(callback_on_step_end_tensor_inputs)}; the callback can "
+                "be given 'latents' alone."
+            )
         source, targets = _prompts(source_prompt, target_prompt, inversion)
         prompts, rows = [source, *targets], 1 + len(targets)
         if inversion is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -166,10 +167,11 @@ class AttentionMaps:
 
     def _tokens(self, word: str | int, image: int) -> list[int]:
         prompt = self._prompt(image)
-        tokens = [text.offset + t for text in self.texts for t in word_tokens(prompt, word, text.tokenizer)]
-        if not tokens:
-            raise ValueError(f"{word!r} is not a word of the prompt {prompt!r}.")
-        return tokens
+        for spelling in _spellings(word):
+            found = [text.offset + t for text in self.texts for t in word_tokens(prompt, spelling, text.tokenizer)]
+            if found:
+                return found
+        raise ValueError(f"{word!r} is not a word of the prompt {prompt!r}.")
 
     def _columns(self, maps: torch.Tensor, word: str | int, image: int) -> torch.Tensor:
         if not 0 <= image < len(maps):
@@ -221,6 +223,13 @@ def record(
         stack.callback(denoiser.register_forward_pre_hook(reader.enter, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_hook(reader.leave).remove)
         yield maps
+
+
+def _spellings(word: str | int) -> list[str | int]:
+    """A word as it is written, and as tokenizers give it back that lower its case and part it from punctuation."""
+    if isinstance(word, int):
+        return [word]
+    return [word, word.lower(), word.lower().strip(string.punctuation)]
 
 
 def _texts(pipe: Any) -> list[Text]:

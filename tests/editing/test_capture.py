@@ -131,6 +131,14 @@ def test_embeddings_instead_of_a_prompt():
         maps.word(WORDS[0])
 
 
+def test_words_as_they_are_written_in_the_prompt():
+    pipe = tiny.sd()
+    with record(pipe, ["Star,", "RING"]) as maps:
+        tiny.run(pipe, steps=1, prompt="a red Star, a blue RING.")
+    assert torch.equal(maps.word("RING"), maps.word("ring"))
+    assert not torch.equal(maps.word("Star,"), maps.word("RING"))
+
+
 def test_nothing_recorded():
     with record(tiny.sd()) as maps:
         pass

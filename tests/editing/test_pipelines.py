@@ -248,6 +248,7 @@ def test_beside_methods():
         ({"blend_words": "star"}, "one entry for each of the 2 prompts"),
         ({"blend_words": ("star", "leopard")}, "blend_words names 'leopard'.*square"),
         ({"target": LONGER, "edit_type": "replace"}, "word"),
+        ({"callback_on_step_end_tensor_inputs": ["latents", "text"]}, "'latents' alone"),
         ({"blend_words": ("star", "square"), "map_size": 5}, "ValueError|map_size is"),
     ],
 )
