@@ -13,6 +13,7 @@ from diffusion_attn.editing.attention import AttentionControl, MapRecorder
 from diffusion_attn.editing.grounding import background_mask
 from diffusion_attn.editing.inversion import Inversion, ddim_invert, dynamic_prompts
 from diffusion_attn.editing.layers import map_grid, reduced, size_of
+from diffusion_attn.editing.text import named
 from diffusion_attn.pipelines.prompt_to_prompt import PromptToPromptPipeline
 
 
@@ -89,7 +90,7 @@ class DPLPipeline(PromptToPromptPipeline):
         Raises:
             ValueError: a word is not in the prompt, or an argument is not what it should be.
         """
-        [tokens] = self.word_tokens([prompt], [words], "words")
+        [tokens] = self.word_tokens([prompt], [named(prompt, words)], "words")
         latents = self.encode_image(image, height, width)
         size = size_of(latents)
         half = reduced(size, 2)

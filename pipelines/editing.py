@@ -43,12 +43,12 @@ class EditingPipeline(DiffusionPipeline):
     _execution_device: torch.device
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
-    _optional_components: ClassVar = ["text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor"]
+    _optional_components: ClassVar = ["vae", "text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor"]
     _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | None,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
@@ -89,6 +89,7 @@ class EditingPipeline(DiffusionPipeline):
         text_encoders(pipeline)
         names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         found = {name: getattr(pipeline, name) for name in names if hasattr(pipeline, name)}
+        found.setdefault("vae", None)  # latents can be edited without
         config = getattr(pipeline, "config", {})
         if "force_zeros_for_empty_prompt" in config:
             found["force_zeros_for_empty_prompt"] = config["force_zeros_for_empty_prompt"]
@@ -123,6 +124,8 @@ class EditingPipeline(DiffusionPipeline):
     def _vae(self) -> Any:
         """The autoencoder, in float32 where half precision overflows in it."""
         vae = self.vae
+        if vae is None:
+            raise ValueError("this pipeline has no vae; give latents, and ask for output_type='latent'.")
         lifted = vae.dtype == torch.float16 and vae.config.force_upcast
         if lifted:
             vae.to(dtype=torch.float32)

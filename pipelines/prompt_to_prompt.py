@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -39,7 +41,7 @@ class PromptToPromptPipeline(EditingPipeline):
         inversion: Inversion | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         edit_type: Literal["replace", "refine", "auto"] = "auto",
         alignment: Literal["aligned", "reference"] = "aligned",
         cross_replace_steps: ReplaceSteps = 0.8,
@@ -73,12 +75,12 @@ class PromptToPromptPipeline(EditingPipeline):
                 `diffusion_attn.editing.controls.PromptEdit`.
             max_queries: layers of more queries keep their self-attention; ``None``: those above a quarter of the
                 latent's height and width.
-            blend_words: ``(source, target)``, a word or several of each prompt: outside of where they are seen, targets
-                stay as the source.
+            blend_words: ``(source, target)``, a word or several of each prompt, or one entry for each target: outside
+                of where they are seen, targets stay as the source.
             blend_threshold: above which part of its maximum a word's map counts as seen.
             map_size: ``(height, width)`` of the maps that are blended with; ``None``: a quarter of the latent's.
             height, width: in pixels; ``None``: the model's own.
-            generator: of the noise.
+            generator: of the noise. Take a deterministic scheduler: others draw noise for source and targets apart.
             latents: ``(1, C, h, w)``, the noise to start from.
             ip_adapter_image_embeds: one ``(rows of the batch, pictures, D)`` for each image adapter that is loaded,
                 unconditional rows first, used as they are.
@@ -124,6 +126,8 @@ class PromptToPromptPipeline(EditingPipeline):
         )
         blend = None
         if blend_words is not None:
+            if not isinstance(blend_words, str) and len(blend_words) == 2:
+                blend_words = [blend_words[0], *[blend_words[1]] * len(targets)]
             found = self.word_tokens(prompts, blend_words, "blend_words")
             tokens = [[token for word in row for token in word] for row in found]
             blend = _Blend(tokens, blend_threshold, map_grid(size, map_size))
@@ -131,8 +135,15 @@ class PromptToPromptPipeline(EditingPipeline):
         guided = guidance_scale != 1
         control = AttentionControl(size, edit, [blend.recorder] if blend else [], guided)
         network = Network(self, size)
-        negative = encode_negative(self, [negative_prompt])
+        negative = encode_negative(self, negative_prompt)
         text = encode(self, prompts)
+        if inversion is not None and inversion.prompt_embeds is not None:
+            own = inversion.prompt_embeds.to(text.embeds)
+            text = replace(text, embeds=torch.cat([own, text.embeds[1:]]))
+        # Schedulers that add noise draw it for every row: only deterministic ones keep source and targets together.
+        options = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            options["generator"] = generator
 
         x = start.to(self._execution_device, torch.float32).expand(rows, -1, -1, -1)
         with control.on(self.unet), self.progress_bar(total=len(timesteps)) as bar:
@@ -154,7 +165,7 @@ class PromptToPromptPipeline(EditingPipeline):
                 if path is not None:
                     x = path.down(step, output, x)
                 else:
-                    x = self.scheduler.step(output, timestep, x, return_dict=False)[0]
+                    x = self.scheduler.step(output, timestep, x, return_dict=False, **options)[0]
                 if inversion is not None and inversion.direct:
                     x = torch.cat([inversion.latents[len(timesteps) - 1 - step].to(x), x[1:]])
                 if blend is not None:
@@ -215,12 +226,12 @@ def _prompts(
     source: str | None, target: str | Sequence[str] | None, inversion: Inversion | None
 ) -> tuple[str, list[str]]:
     if inversion is not None:
-        if source is not None and source != inversion.prompt:
+        if None not in (source, inversion.prompt) and source != inversion.prompt:
             raise DiffusionAttnError(
                 f"source_prompt is {source!r}, and the inversion is of {inversion.prompt!r}; leave source_prompt out, "
                 "or invert the picture with that prompt."
             )
-        source = inversion.prompt
+        source = inversion.prompt or source
     if source is None:
         raise ValueError("source_prompt is missing; give it, or an inversion that was made with a prompt.")
     targets = [target] if isinstance(target, str) else list(target or ())

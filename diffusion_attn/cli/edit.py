@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def _invert(pipe: DPLPipeline, image: Image.Image, args: Any, settings: dict[str
     path = None if args.inversion is None else Path(args.inversion).expanduser()
     options = {**_NULL, "guidance_scale": settings["guidance"], "checkpoint": path}
     made = {name: settings[name] for name in ("source", "method", "words", "size", "steps", "guidance")}
+    made["pixels"] = hashlib.sha256(image.tobytes()).hexdigest()[:16]
     if path is not None and path.is_file():
         inversion = Inversion.load(path)
         begun = inversion.settings.get("edit")

@@ -40,6 +40,10 @@ class MapRecorder:
 
     def __init__(self, kind: Kind, size: Size | None = None) -> None:
         self.kind, self.size = kind, size
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was taken, by a forward pass that failed or by a layer that a backward pass ran again."""
         self._sums: dict[Size, torch.Tensor] = {}
         self._layers = 0
 
@@ -57,7 +61,7 @@ class MapRecorder:
         finest = max(self._sums)
         levels = [_resized(maps.unflatten(1, grid), finest) for grid, maps in self._sums.items()]
         mean = torch.stack(levels).sum(0) / self._layers
-        self._sums, self._layers = {}, 0
+        self.begin()
         return mean
 
 
@@ -165,8 +169,9 @@ def controlled(denoiser: nn.Module, layers: Sequence[AttentionLayer], control: A
 
 def probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Attention probabilities ``(batch, heads, queries, keys)`` in float32, of ``(batch, tokens, heads, head_dim)``."""
-    query = query.transpose(1, 2) * query.shape[-1] ** -0.5
-    scores = (query @ key.permute(0, 2, 3, 1)).float()
+    # Products of half-precision numbers can be too large for them.
+    query = query.transpose(1, 2).float() * query.shape[-1] ** -0.5
+    scores = query @ key.permute(0, 2, 3, 1).float()
     return (scores if mask is None else scores + mask).softmax(-1)
 
 

@@ -257,6 +257,7 @@ class _Reader:
         self.size: Size = (0, 0)
         self.text = 0
         self.step = -1  # the last one that was recorded
+        self.timesteps: Any = None  # of the run
         self.reading = False
         self.recorder = MapRecorder("cross")
 
@@ -266,7 +267,6 @@ class _Reader:
             return
         ids = args[0] if args else kwargs["input_ids"]
         self.prompts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        self.step = -1
 
     def enter(self, denoiser: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a forward pass: where it stands, and how its tokens lie."""
@@ -274,14 +274,18 @@ class _Reader:
         flux = "img_ids" in call
         step, _, _ = self.schedule.locate(call["timestep"], FLUX_UNIT if flux else 1)
         # Further calls at a step are of other branches of the guidance.
-        self.reading = step > self.step or (step == 0 and self.step > 0)
+        timesteps = getattr(self.pipe.scheduler, "timesteps", None)
+        fresh, self.timesteps = timesteps is not self.timesteps, timesteps  # every run sets its own
+        self.reading = fresh or step > self.step
         if not self.reading:
             return
-        if step <= self.step or self.step < 0:
+        self.recorder.begin()
+        self.step = step
+        prompts, self.prompts = self.prompts, []
+        if fresh:
             self.maps.begin()
-            self.maps.prompts = self.given or self.prompts
+            self.maps.prompts = self.given or prompts
             self.maps.check_words()
-        self.step, self.prompts = step, []
         self.text = call["encoder_hidden_states"].shape[1]
         if flux:
             self.size, _ = read_grid(call["img_ids"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffusion_attn.core.enable import eager
 from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.editing.prompts import word_tokens
 
@@ -39,10 +40,12 @@ class LearnedWords:
     Attributes:
         words: pieces of ``prompt.split(" ")``.
         rows: ``(K, D)``, one for each token of each word in order; of two text encoders side by side in ``D``.
+        prompt: that they were learned in, where a word's tokens are counted.
     """
 
     words: tuple[str, ...]
     rows: torch.Tensor
+    prompt: str
 
     def places(self, prompt: str, tokenizer: Any) -> tuple[list[int], list[int]]:
         """Positions in the tokenised ``prompt``, and which row belongs to each."""
@@ -50,10 +53,13 @@ class LearnedWords:
         rows: list[int] = []
         first = 0
         for word in self.words:
-            end = first + len(word_tokens(word, 0, tokenizer))
+            known = occurrences(self.prompt, word, tokenizer)
+            end = first + len(known[0] if known else ())
             for found in occurrences(prompt, word, tokenizer):
-                positions += found
-                rows += range(first, end)
+                # The end of a prompt may cut a word.
+                pairs = list(zip(found, range(first, end), strict=False))
+                positions += [position for position, _ in pairs]
+                rows += [row for _, row in pairs]
             first = end
         return positions, rows
 
@@ -78,7 +84,7 @@ def encode(pipe: Any, prompts: Sequence[str], learned: LearnedWords | None = Non
         if getattr(encoder.config, "use_attention_mask", False):
             inputs["attention_mask"] = tokens.attention_mask.to(device)
         width = encoder.get_input_embeddings().embedding_dim
-        with _overwritten(encoder, tokenizer, prompts, learned, slice(first, first + width)):
+        with eager(encoder), _overwritten(encoder, tokenizer, prompts, learned, slice(first, first + width)):
             out = encoder(**inputs, output_hidden_states=is_xl(pipe))
         first += width
         states.append(out.hidden_states[-2] if is_xl(pipe) else out[0])
@@ -87,16 +93,29 @@ def encode(pipe: Any, prompts: Sequence[str], learned: LearnedWords | None = Non
     return Conditioning(embeds, pooled) if is_xl(pipe) else Conditioning(embeds)
 
 
-def encode_negative(pipe: Any, prompts: Sequence[str]) -> Conditioning:
-    """Encode negative prompts; empty ones are zeros where the pipeline of SDXL has been told so."""
-    conditioning = encode(pipe, prompts)
-    if not (is_xl(pipe) and getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", True)):
+def encode_negative(pipe: Any, prompt: str | None) -> Conditioning:
+    """Encode a negative prompt; none is the empty one, or zeros where the pipeline of SDXL has been told so."""
+    conditioning = encode(pipe, [prompt or ""])
+    zeros = is_xl(pipe) and getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", True)
+    if prompt is not None or not zeros:
         return conditioning
-    empty = torch.tensor([not prompt for prompt in prompts], device=conditioning.embeds.device)
     assert conditioning.pooled is not None
-    return Conditioning(
-        conditioning.embeds.masked_fill(empty[:, None, None], 0), conditioning.pooled.masked_fill(empty[:, None], 0)
-    )
+    return Conditioning(torch.zeros_like(conditioning.embeds), torch.zeros_like(conditioning.pooled))
+
+
+def named(prompt: str | None, words: Sequence[str | int]) -> Sequence[str]:
+    """Words by their text, where indices in ``prompt.split(" ")`` may be among them.
+
+    Raises:
+        ValueError: there is no such index.
+    """
+    if isinstance(words, str):
+        return words
+    pieces = (prompt or "").split(" ")
+    for word in words:
+        if isinstance(word, int) and not 0 <= word < len(pieces):
+            raise ValueError(f"words names index {word}, and the prompt {prompt!r} has {len(pieces)} words, from 0.")
+    return [pieces[word] if isinstance(word, int) else word for word in words]
 
 
 def word_rows(pipe: Any, prompt: str, words: Sequence[str]) -> torch.Tensor:

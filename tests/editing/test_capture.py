@@ -131,6 +131,36 @@ def test_embeddings_instead_of_a_prompt():
         maps.word(WORDS[0])
 
 
+def test_after_a_run_that_failed_the_next_one_is_read_afresh():
+    pipe = tiny.sd()
+    plain = recorded(pipe)[1].maps
+
+    def fail(*args):
+        raise RuntimeError("in the middle")
+
+    with record(pipe, WORDS) as maps:
+        with pytest.raises(ValueError, match="is not a word of the prompt 'a blue ring'"):
+            tiny.run(pipe, prompt="a blue ring")
+        hook = pipe.unet.mid_block.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError):
+            tiny.run(pipe)
+        hook.remove()
+        tiny.run(pipe)
+    torch.testing.assert_close(maps.maps, plain)
+
+
+def test_runs_of_one_step_follow_each_other():
+    pipe = tiny.sd()
+    call = dict(
+        zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(PROMPT, "cpu", 1, True), strict=True)
+    )
+    with record(pipe, WORDS, prompt=PROMPT) as maps:
+        tiny.run(pipe, steps=1, prompt=None, **call)
+        first = maps.maps
+        tiny.run(pipe, steps=1, prompt=None, size=64, **call)
+    assert maps.steps == 1 and first.shape != maps.maps.shape
+
+
 def test_words_as_they_are_written_in_the_prompt():
     pipe = tiny.sd()
     with record(pipe, ["Star,", "RING"]) as maps:

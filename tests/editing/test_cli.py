@@ -85,6 +85,9 @@ def test_an_inversion_is_kept_and_used_again(edit, tmp_path, capsys):
     assert edit("--method", "null-text", "--inversion", path) == 0
     assert path.stat().st_mtime_ns == written
     assert all(np.array_equal(pixels(tmp_path / "out" / name), before) for name, before in first.items())
+    other = tmp_path / "other.png"
+    Image.fromarray(255 - pixels(next((tmp_path / "out").glob("0*.png")))).save(other)
+    assert edit("--method", "null-text", "--inversion", path, image=str(other)) == 2
     assert edit("--method", "direct", "--inversion", path) == 2
     assert "name another file" in capsys.readouterr().err
 

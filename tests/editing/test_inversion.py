@@ -270,3 +270,48 @@ def test_maps_of_an_inversion(pipe):
     assert maps.steps == 3
     torch.testing.assert_close(maps.maps.sum(-1), torch.ones(1, 16, 16))
     assert maps.heatmap("star").size == (512, 512)
+
+
+def test_gradient_checkpointing_runs_layers_again_without_recording_them():
+    plain, checkpointed = tiny.sd(), tiny.sd()
+    checkpointed.unet.enable_gradient_checkpointing()
+    results = [dynamic_prompts(each, inverted(each), WORDS, **SHORT) for each in (plain, checkpointed)]
+    torch.testing.assert_close(results[0].word_embeds, results[1].word_embeds, atol=1e-4, rtol=1e-3)
+    assert len(results[0].history) == len(results[1].history)
+
+
+def test_words_by_index_and_words_that_stay_learned(pipe):
+    named = dynamic_prompts(pipe, inverted(pipe), WORDS, **SHORT)
+    pieces = PROMPT.split(" ")
+    indexed = dynamic_prompts(pipe, inverted(pipe), [pieces.index(word) for word in WORDS], **SHORT)
+    assert indexed.words == named.words == WORDS and torch.equal(indexed.word_embeds, named.word_embeds)
+    refitted = null_text(pipe, named, num_null_steps=1)
+    assert refitted.words == WORDS and torch.equal(refitted.word_embeds, named.word_embeds)
+    assert refitted.history == named.history and not torch.equal(refitted.null_embeds, named.null_embeds)
+    with pytest.raises(ValueError, match="index 99"):
+        dynamic_prompts(pipe, inverted(pipe), [99])
+
+
+def test_embeddings_instead_of_a_prompt_are_kept(pipe):
+    embeds = noise(1, pipe.tokenizer.model_max_length, 12)
+    inversion = null_text(
+        pipe, ddim_invert(pipe, 0.5 * noise(1, 4, 16, 16), prompt_embeds=embeds, num_inference_steps=3)
+    )
+    p2p = PromptToPromptPipeline.from_pipe(pipe)
+    output = p2p(PROMPT, PROMPT.replace("red", "green"), inversion=inversion, output_type="latent")
+    torch.testing.assert_close(output.source, inversion.reconstruction, atol=1e-4, rtol=1e-4)
+
+
+def test_schedules_and_adapters_that_do_not_serve():
+    from diffusers import PNDMScheduler
+
+    from tests.test_matrix import ip_adapter
+
+    pipe = tiny.sd()
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=False)
+    with pytest.raises(da.UnsupportedModelError, match=r"PNDMScheduler sets .* timesteps for 10 steps"):
+        inverted(pipe, 10)
+    pipe = tiny.sd()
+    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    with pytest.raises(da.UnsupportedModelError, match="unload_ip_adapter"):
+        inverted(pipe)

@@ -25,7 +25,7 @@ from diffusion_attn.editing.losses import (
     mask_similarity,
     threshold,
 )
-from diffusion_attn.editing.text import LearnedWords, encode, occurrences, text_encoders, word_rows
+from diffusion_attn.editing.text import LearnedWords, encode, named, occurrences, text_encoders, word_rows
 
 Weighted = tuple[float, float, float]
 """A loss's weight, and the ``alpha`` and ``beta`` of its threshold."""
@@ -70,7 +70,8 @@ def dynamic_prompts(
     Args:
         pipe: the pipeline that ``inversion`` was made with.
         inversion: from `ddim_invert`. An unfinished one, of the file ``checkpoint``, is continued where it stopped.
-        words: nouns of the prompt, pieces of ``prompt.split(" ")``. The maps of one with several tokens are averaged.
+        words: nouns of the prompt, pieces of ``prompt.split(" ")`` or their indices. The maps of one with several
+            tokens are averaged.
         background: ``(H, W)``, on the grid of the maps or any other, bool or float; ``None`` switches ``leakage`` off.
         guidance_scale: of the sampling that is to return.
         num_word_steps: most updates of the words at one step.
@@ -92,6 +93,7 @@ def dynamic_prompts(
         ValueError: a word is not in the prompt, or the maps are not of a level of the UNet.
         DiffusionAttnError: the inversion is of another model, or was begun with other options.
     """
+    words = named(inversion.prompt, words)
     size = map_grid(inversion.size, map_size)
     if background is None:
         leakage = None
@@ -157,6 +159,7 @@ def localised_prompts(
         ValueError: a word or an adjective is not in the prompt, or there is not one mask for each word.
         DiffusionAttnError: the inversion is of another model, or was begun with other options.
     """
+    words = named(inversion.prompt, words)
     size = map_grid(inversion.size, map_size)
     tokens = _first_tokens(pipe, inversion, words)
     if masks.ndim != 3 or len(masks) != len(words):
@@ -170,7 +173,7 @@ def localised_prompts(
         _Criterion("overlap", lambda maps: mask_overlap(maps, tokens, masks.to(maps)), overlap),
     ]
     if adjectives is not None:
-        bound = _first_tokens(pipe, inversion, adjectives)
+        bound = _first_tokens(pipe, inversion, named(inversion.prompt, adjectives))
         criteria.append(_Criterion("adjective", lambda maps: adjective_binding(maps, tokens, bound), adjective))
     options = {
         "words": list(words),
@@ -198,7 +201,7 @@ def _learn(
     with job.running(checkpoint):
         for step in job.steps():
             rows = _fit_words(job, step, rows, criteria)
-            text = encode(job.pipe, [job.prompt], LearnedWords(job.words, rows))
+            text = encode(job.pipe, [job.prompt], LearnedWords(job.words, rows, job.prompt))
             job.fit_null(step, job.network(job.latents, job.path.timesteps[step], text), rows)
     return job.result
 
@@ -213,8 +216,9 @@ def _fit_words(job: Job, step: int, rows: torch.Tensor, criteria: Sequence[_Crit
     groups = [tokens for word in job.words for tokens in occurrences(job.prompt, word, text_encoders(job.pipe)[0][0])]
     with control.on(job.pipe.unet):
         for iteration in range(job.options["num_word_steps"] if active else 0):
+            recorder.begin()
             with torch.enable_grad():
-                text = encode(job.pipe, [job.prompt], LearnedWords(job.words, rows.requires_grad_()))
+                text = encode(job.pipe, [job.prompt], LearnedWords(job.words, rows.requires_grad_(), job.prompt))
                 job.network(job.latents, job.path.timesteps[step], text)
                 maps = _merged(recorder.take()[0], groups)
                 losses = {criterion.name: criterion.loss(maps) for criterion in criteria}

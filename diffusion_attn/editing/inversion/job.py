@@ -53,7 +53,7 @@ class Job:
         device = self.network.device
         self.pivots = inversion.latents.to(device).flip(0)
         self.latents = self.pivots[0]
-        empty = encode_negative(pipe, [""])
+        empty = encode_negative(pipe, None)
         self.empty = Conditioning(empty.embeds if negative is None else negative.to(device), empty.pooled)
         pooled = None if empty.pooled is None else encode(pipe, [self.prompt]).pooled
         self.text = Conditioning(inversion.prompt_embeds.to(device), pooled)
@@ -78,10 +78,10 @@ class Job:
         return replace(
             self._base,
             null_embeds=torch.cat(self._null) if self._null else None,
-            words=self.words,
-            word_embeds=torch.stack(self._rows) if self._rows else None,
+            words=self.words or self._base.words,
+            word_embeds=torch.stack(self._rows) if self._rows else self._base.word_embeds,
             reconstruction=self.latents,
-            history=self.history,
+            history=self.history or self._base.history,
             settings={**self._base.settings, self.name: self.options},
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.editing.text import Conditioning, device_of, is_xl
 
 
@@ -38,6 +39,10 @@ class Network:
             text: of the rows.
             added: further conditions, for example ``image_embeds``.
         """
+        if "image_embeds" not in added and self.unet.config.encoder_hid_dim_type == "ip_image_proj":
+            raise UnsupportedModelError(
+                "an IP-Adapter is loaded, whose pictures an inversion does not know; call unload_ip_adapter() first."
+            )
         self.calls += 1
         if self._sizes is not None:
             assert text.pooled is not None

@@ -9,6 +9,7 @@ import torch
 
 from diffusion_attn.editing.inversion.job import Job
 from diffusion_attn.editing.inversion.record import Inversion
+from diffusion_attn.editing.text import encode
 
 NullStart = Literal["previous", "empty"]
 
@@ -56,6 +57,8 @@ def null_text(
     job = Job(pipe, inversion, "null_text", options, negative_prompt_embeds)
     with job.running(checkpoint):
         for step in job.steps():
-            predicted = job.network(job.latents, job.path.timesteps[step], job.text)
+            learned = inversion.learned(step)
+            text = job.text if learned is None else encode(pipe, [job.prompt], learned)
+            predicted = job.network(job.latents, job.path.timesteps[step], text)
             job.fit_null(step, predicted)
     return job.result

@@ -34,6 +34,11 @@ class Path:
             scheduler.set_timesteps(num_inference_steps)
             # PNDM names timesteps twice, and Euler gives fractions.
             timesteps = scheduler.timesteps.cpu().double().round().long().unique().flip(0)
+            if len(timesteps) != num_inference_steps:
+                raise UnsupportedModelError(
+                    f"{type(scheduler).__name__} sets {len(timesteps)} timesteps for {num_inference_steps} steps; "
+                    "inversion takes one for each, as DDIMScheduler.from_config(pipe.scheduler.config) does."
+                )
         self.timesteps: list[int] = timesteps.tolist()
         clean = getattr(scheduler, "final_alpha_cumprod", alphas[0])
         self._levels = [float(alphas[t]) for t in self.timesteps] + [float(clean)]
@@ -55,7 +60,7 @@ class Path:
         if self._prediction == "v_prediction":
             clean, error = signal * sample - noise * output, signal * output + noise * sample
         elif self._prediction == "sample":
-            clean, error = output, (sample - signal * output) / noise
+            clean, error = output, (sample - signal * output) / noise if noise else torch.zeros_like(sample)
         else:
             clean, error = (sample - noise * output) / signal, output
         return end**0.5 * clean + (1 - end) ** 0.5 * error

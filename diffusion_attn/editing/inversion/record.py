@@ -73,7 +73,7 @@ class Inversion:
 
     def learned(self, step: int) -> LearnedWords | None:
         """The embeddings of its words at ``step``."""
-        return None if self.word_embeds is None else LearnedWords(self.words, self.word_embeds[step])
+        return None if self.word_embeds is None else LearnedWords(self.words, self.word_embeds[step], self.prompt or "")
 
     def check(self, pipe: Any) -> None:
         """Make sure that it can be used with ``pipe``.
@@ -127,7 +127,7 @@ class Inversion:
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, torch.Tensor):
-                tensors[each.name] = value.detach().cpu().contiguous()
+                tensors[each.name] = value.detach().cpu().clone().contiguous()
             else:
                 rest[each.name] = value
         path = Path(path)
