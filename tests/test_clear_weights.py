@@ -110,7 +110,7 @@ def test_broken_files_are_refused(tmp_path, case):
 def test_radius_and_down_factor_come_from_the_name_or_are_asked_for(tmp_path):
     clear_weights().save_pretrained(tmp_path)
     clear_weights(3, 2).save_pretrained(tmp_path)
-    with pytest.raises(da.CheckpointFormatError, match=r"2 files .* give radius="):
+    with pytest.raises(da.CheckpointFormatError, match=r"2 files .* or its radius="):
         da.Clear.from_pretrained(tmp_path)
     assert da.Clear.from_pretrained(tmp_path, down_factor=2).radius == 3
     with pytest.raises(da.CheckpointFormatError, match=r"clear_local_8\.safetensors"):

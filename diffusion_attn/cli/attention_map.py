@@ -12,7 +12,6 @@ from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
 from diffusion_attn.core.calls import call_arguments
-from diffusion_attn.editing.capture import record
 
 
 def add_arguments(parser: Any) -> None:
@@ -49,6 +48,8 @@ def run(args: Any) -> int:
     output = Path(args.output).expanduser()
     files.prepare_folder(output)
     with silence(args.quiet):
+        from diffusion_attn.editing.capture import record  # loads diffusers, which has things to say
+
         pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
         width, height = size or models.native_size(pipe)
         models.check_size(pipe, (width, height))

@@ -14,8 +14,6 @@ from diffusion_attn.cli.pictures import Cell, Row, fit_cell, labelled_grid
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
 from diffusion_attn.core.errors import UnsupportedModelError
-from diffusion_attn.editing.inversion import Inversion, ddim_invert, direct_inversion, dynamic_prompts, null_text
-from diffusion_attn.pipelines import DPLPipeline
 
 METHODS = ("p2p", "direct", "null-text", "dpl")
 _NULL = {"num_null_steps": 10, "null_start": "previous", "null_tolerance": 1e-5}
@@ -61,6 +59,8 @@ def run(args: Any) -> int:
     output = Path(args.output).expanduser()
     files.prepare_folder(output)
     with silence(args.quiet):
+        from diffusion_attn.pipelines import DPLPipeline  # loads diffusers, which has things to say
+
         stock = models.load_model(args.model, pick_dtype(args.dtype, device), device)
         if getattr(stock, "unet", None) is None:
             raise UnsupportedModelError(
@@ -113,8 +113,16 @@ def run(args: Any) -> int:
     return 0
 
 
-def _invert(pipe: DPLPipeline, image: Image.Image, args: Any, settings: dict[str, Any]) -> Inversion:
+def _invert(pipe: Any, image: Image.Image, args: Any, settings: dict[str, Any]) -> Any:
     """The inversion of ``--inversion``, or one that is made and kept there; what was interrupted is finished."""
+    from diffusion_attn.editing.inversion import (
+        Inversion,
+        ddim_invert,
+        direct_inversion,
+        dynamic_prompts,
+        null_text,
+    )
+
     path = None if args.inversion is None else Path(args.inversion).expanduser()
     options = {**_NULL, "guidance_scale": settings["guidance"], "checkpoint": path}
     made = {name: settings[name] for name in ("source", "method", "words", "size", "steps", "guidance")}

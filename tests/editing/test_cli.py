@@ -97,7 +97,11 @@ def test_interrupted_and_gone_on_with(model, photo, tmp_path):
     command = [sys.executable, "-m", "diffusion_attn", "edit", photo, "--source", SOURCE, "--target", TARGET]
     command += ["--method", "null-text", "--inversion", str(path), "--steps", "24", "--model", model]
     command += ["--output", str(tmp_path / "out"), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def listen():  # where the tests run in the background of a shell, SIGINT is ignored, and that is inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     until = time.monotonic() + 120
     while not path.is_file() and time.monotonic() < until and process.poll() is None:
         time.sleep(0.05)
