@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from diffusion_attn.core.unet_layout import Size
-from diffusion_attn.editing.inversion.network import scale_of
-from diffusion_attn.editing.prompts import word_tokens
+from diffusion_attn.editing.network import scale_of
+from diffusion_attn.editing.prompts import known_tokens
 from diffusion_attn.editing.text import text_encoders
 
 Words = str | Sequence[str]
@@ -178,12 +178,8 @@ class EditingPipeline(DiffusionPipeline):
                 f"{argument} is {words!r}; give one entry for each of the {len(prompts)} prompts, the source's first: "
                 "a word or several."
             )
-        found: list[list[list[int]]] = []
-        for prompt, named in zip(prompts, words, strict=True):
-            found.append([])
-            for word in [named] if isinstance(named, str) else named:
-                tokens = word_tokens(prompt, word, self.tokenizer)
-                if not tokens:
-                    raise ValueError(f"{argument} names {word!r}, which is not a word of the prompt {prompt!r}.")
-                found[-1].append(tokens)
-        return found
+        named = [[entry] if isinstance(entry, str) else entry for entry in words]
+        return [
+            [known_tokens(prompt, word, self.tokenizer, argument) for word in entry]
+            for prompt, entry in zip(prompts, named, strict=True)
+        ]

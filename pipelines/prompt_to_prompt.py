@@ -16,9 +16,9 @@ from diffusion_attn.editing.attention import AttentionControl, MapRecorder
 from diffusion_attn.editing.controls import PromptEdit
 from diffusion_attn.editing.grounding import local_blend_mask
 from diffusion_attn.editing.inversion import Inversion
-from diffusion_attn.editing.inversion.network import Network
-from diffusion_attn.editing.inversion.path import Path
+from diffusion_attn.editing.inversion.ddim_path import DdimPath
 from diffusion_attn.editing.layers import map_grid, reduced, size_of
+from diffusion_attn.editing.network import Network
 from diffusion_attn.editing.prompts import ReplaceSteps, Window
 from diffusion_attn.editing.text import Conditioning, encode, encode_negative
 from diffusion_attn.pipelines.editing import EditingPipeline, Words
@@ -104,7 +104,7 @@ class PromptToPromptPipeline(EditingPipeline):
         prompts, rows = [source, *targets], 1 + len(targets)
         if inversion is not None:
             inversion.check(self)
-            path = Path(self.scheduler, timesteps=inversion.timesteps)
+            path = DdimPath(self.scheduler, timesteps=inversion.timesteps)
             start, timesteps = inversion.latents[-1], path.timesteps
         else:
             path = None

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import (
-    IPAdapterAttnProcessor,
-    IPAdapterAttnProcessor2_0,
-    IPAdapterXFormersAttnProcessor,
-)
 from torch import nn
 
-from diffusion_attn.core.enable import eager
-from diffusion_attn.core.errors import MethodConflictError, UnsupportedModelError
-from diffusion_attn.core.processors import HeldProcessor, check_exact, is_held
+from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.unet_layout import Size
 from diffusion_attn.editing.controls import PromptEdit
 from diffusion_attn.editing.layers import AttentionLayer, Kind, attention_layers, grid_of, reduced
-from diffusion_attn.processors.joint import JointAttnProcessor
-from diffusion_attn.processors.unet import UNetAttnProcessor, full_mask
-
-Fused = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+from diffusion_attn.editing.processors import Fused, controlled
 
 
 class MapRecorder:
@@ -150,23 +138,6 @@ class AttentionControl:
             yield
 
 
-@contextmanager
-def controlled(denoiser: nn.Module, layers: Sequence[AttentionLayer], control: Any) -> Iterator[None]:
-    """Have ``control.attend`` compute ``layers`` for a block of code, uncompiled.
-
-    Raises:
-        MethodConflictError: a layer is computed by a method in force or somebody else's processor.
-    """
-    processors = [_processor(layer, control) for layer in layers]
-    with ExitStack() as stack:
-        stack.enter_context(eager(denoiser))
-        for layer, processor in zip(layers, processors, strict=True):
-            held = HeldProcessor(layer.name, layer.attn, processor)
-            stack.callback(held.release)
-            layer.attn.set_processor(processor)
-        yield
-
-
 def probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Attention probabilities ``(batch, heads, queries, keys)`` in float32, of ``(batch, tokens, heads, head_dim)``."""
     # Products of half-precision numbers can be too large for them.
@@ -189,149 +160,6 @@ def mean_map(
         rows = mask if mask is None or mask.shape[1] == 1 else mask[:, one]
         total = total + probabilities(query[:, :, one], key[:, :, one], rows)[:, 0, :, :keys]
     return total / heads
-
-
-class ControlledAttnProcessor(UNetAttnProcessor):
-    """Attention of one layer as ``control`` wants it; exact without one, which is what loaders leave."""
-
-    def __init__(self, layer: AttentionLayer | None = None, control: Any = None) -> None:
-        super().__init__()
-        self.layer, self.control = layer, control
-
-    def attend(  # noqa: D102
-        self,
-        attn: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cross: bool,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        mask = full_mask(attn, attention_mask, key)
-        if self.control is None:
-            return self.attend_exactly(query, key, value, mask)
-        return self.control.attend(self.layer, query, key, value, mask, self.attend_exactly)
-
-
-class ControlledJointAttnProcessor(JointAttnProcessor):
-    """The same for the layers of FLUX and SD3."""
-
-    def __init__(self, layer: AttentionLayer | None = None, control: Any = None) -> None:
-        super().__init__()
-        self.layer, self.control = layer, control
-
-    def attend(  # noqa: D102
-        self,
-        attn: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if self.control is None:
-            return self.attend_exactly(query, key, value, attention_mask)
-        return self.control.attend(self.layer, query, key, value, attention_mask, self.attend_exactly)
-
-
-class ControlledIPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
-    """The same for a cross-attention with image adapters, whose weights and scales stay those of ``adapter``."""
-
-    def __init__(self, adapter: Any, layer: AttentionLayer, control: Any) -> None:
-        nn.Module.__init__(self)
-        self.hidden_size, self.cross_attention_dim = adapter.hidden_size, adapter.cross_attention_dim
-        self.num_tokens = adapter.num_tokens
-        self.to_k_ip, self.to_v_ip = adapter.to_k_ip, adapter.to_v_ip
-        self.__dict__["adapter"] = adapter  # beside the modules: its weights are in the tree already
-        self.inner = _WithImages(layer, control, self)
-
-    adapter: Any
-
-    @property
-    def scale(self) -> Any:
-        """Of each adapter, a number or one for each of its pictures; setting it sets the adapter's."""
-        return self.adapter.scale
-
-    @scale.setter
-    def scale(self, scale: Any) -> None:
-        self.adapter.scale = scale
-
-    def __call__(  # noqa: D102
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-        scale: float = 1.0,
-        ip_adapter_masks: Any = None,
-    ) -> torch.Tensor:
-        text, images = encoder_hidden_states
-        masks = ip_adapter_masks if ip_adapter_masks is not None else [None] * len(images)
-        return self.inner(attn, hidden_states, text, attention_mask, temb, images=images, masks=masks)
-
-
-class _WithImages(ControlledAttnProcessor):
-    """Attention to the prompt, plus that to each picture of each adapter."""
-
-    def __init__(self, layer: AttentionLayer, control: Any, adapter: ControlledIPAdapterAttnProcessor) -> None:
-        super().__init__(layer, control)
-        self.images = replace(layer, kind="image")
-        self.adapter = adapter
-
-    def attend(
-        self,
-        attn: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cross: bool,
-        images: Any = (),
-        masks: Any = (),
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        out = super().attend(attn, query, key, value, attention_mask, cross)
-        adapter = self.adapter
-        for states, mask, scale, to_k, to_v in zip(
-            images, masks, adapter.scale, adapter.to_k_ip, adapter.to_v_ip, strict=True
-        ):
-            scales = scale if isinstance(scale, list) else [scale]
-            if not any(scales):
-                continue
-            # Without masks all pictures of an adapter are one sequence, and have one scale.
-            parts = [states] if mask is None else states.unbind(1)
-            scales = scales * len(parts) if len(scales) == 1 else scales
-            for index, (part, factor) in enumerate(zip(parts, scales, strict=mask is not None)):
-                picture_key, picture_value = (
-                    project(part).reshape(len(query), -1, *query.shape[2:]) for project in (to_k, to_v)
-                )
-                picture = self.control.attend(self.images, query, picture_key, picture_value, None, self.attend_exactly)
-                out = out + factor * (picture if mask is None else picture * _shown(mask[:, index], picture))
-        return out
-
-
-def _shown(mask: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-    """Where an adapter's picture is to be seen, beside ``(batch, tokens, heads, head_dim)``."""
-    from diffusers.image_processor import IPAdapterMaskProcessor
-
-    tokens = IPAdapterMaskProcessor.downsample(mask, len(picture), picture.shape[1], 1)
-    return tokens.to(picture)[..., None]
-
-
-def _processor(layer: AttentionLayer, control: Any) -> Any:
-    current = layer.attn.processor
-    if isinstance(current, (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)):
-        return ControlledIPAdapterAttnProcessor(current, layer, control)
-    if is_held(current):
-        raise MethodConflictError(
-            f"{layer.name} is computed by a method in force ({type(current).__name__}), which has no attention map to "
-            "record or edit; disable it, or leave self-attention alone with self_replace_steps=0."
-        )
-    check_exact(layer.name, current)
-    kind = ControlledJointAttnProcessor if layer.kind == "joint" else ControlledAttnProcessor
-    return kind(layer, control)
 
 
 def _resized(maps: torch.Tensor, size: Size) -> torch.Tensor:

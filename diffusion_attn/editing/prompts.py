@@ -43,6 +43,22 @@ def word_tokens(prompt: str, word: Word, tokenizer: Any) -> list[int]:
     return sorted({token for n, tokens in enumerate(words) if word in (n, pieces[n]) for token in tokens})
 
 
+def known_tokens(prompt: str, word: Word, tokenizer: Any, argument: str) -> list[int]:
+    """`word_tokens` of a word that has to be there.
+
+    Args:
+        prompt, word, tokenizer: as in `word_tokens`.
+        argument: that names it, for the error.
+
+    Raises:
+        ValueError: it is not in the prompt.
+    """
+    tokens = word_tokens(prompt, word, tokenizer)
+    if not tokens:
+        raise ValueError(f"{argument} names {word!r}, which is not a word of the prompt {prompt!r}.")
+    return tokens
+
+
 def replacement_matrix(
     source: str, target: str, tokenizer: Any, alignment: Literal["aligned", "reference"] = "aligned"
 ) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from diffusion_attn.core.enable import eager
 from diffusion_attn.core.errors import UnsupportedModelError
-from diffusion_attn.editing.prompts import word_tokens
+from diffusion_attn.editing.prompts import known_tokens, word_tokens
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,8 @@ def word_rows(pipe: Any, prompt: str, words: Sequence[str]) -> torch.Tensor:
         ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
         tokens = []
         for word in words:
-            found = occurrences(prompt, word, tokenizer)
-            if not found:
-                raise ValueError(f"words names {word!r}, which is not a word of the prompt {prompt!r}.")
-            tokens += [ids[position] for position in found[0]]
+            known_tokens(prompt, word, tokenizer, "words")
+            tokens += [ids[position] for position in occurrences(prompt, word, tokenizer)[0]]
         # Called, not read: with offloading its weights come when it is.
         rows = encoder.get_input_embeddings()(torch.tensor(tokens, device=device_of(pipe)))
         sides.append(rows.detach().float())

@@ -99,7 +99,10 @@ class UNetAttnProcessor:
         """``(batch, tokens, heads, head_dim)`` from the same: through the op, or exact where it does not serve."""
         if self.op is not None and not cross:
             return apply_op(self.op, query, key, value, attention_mask)
-        return self.attend_exactly(query, key, value, full_mask(attn, attention_mask, key))
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], key.shape[0])
+            attention_mask = attention_mask.unflatten(0, (key.shape[0], attn.heads))
+        return self.attend_exactly(query, key, value, attention_mask)
 
     def attend_exactly(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -119,13 +122,6 @@ class UNetAttnProcessor:
     def project_out(self, attn: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's output projection of ``(batch, tokens, channels)``."""
         return attn.to_out[1](attn.to_out[0](hidden))
-
-
-def full_mask(attn: Any, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
-    """The mask of a layer as ``(batch, heads, 1 or tokens, keys)``, for a key ``(batch, keys, heads, head_dim)``."""
-    if mask is None:
-        return None
-    return attn.prepare_attention_mask(mask, key.shape[1], key.shape[0]).unflatten(0, (key.shape[0], attn.heads))
 
 
 def apply_op(

@@ -15,7 +15,7 @@ from diffusion_attn.editing.inversion import (
     localised_prompts,
     null_text,
 )
-from diffusion_attn.editing.inversion.path import Path
+from diffusion_attn.editing.inversion.ddim_path import DdimPath
 from diffusion_attn.pipelines import DPLPipeline, PromptToPromptPipeline
 from tests import tiny
 from tests.golden.seeded import seed_parameters
@@ -38,7 +38,7 @@ def pipe():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_step_up_undoes_a_step_down(pipe, prediction):
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
-    path = Path(scheduler, 10)
+    path = DdimPath(scheduler, 10)
     clean, error = noise(1, 4, 8, 8).double(), noise(1, 4, 8, 8, seed=1).double()
     for step in range(10):
         a = path._levels[step]
@@ -52,7 +52,7 @@ def test_a_step_up_undoes_a_step_down(pipe, prediction):
 
 
 def test_steps_are_the_schedulers_own(pipe):
-    path = Path(pipe.scheduler, 10)
+    path = DdimPath(pipe.scheduler, 10)
     x, output = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1)
     for step, timestep in enumerate(pipe.scheduler.timesteps):
         expected = pipe.scheduler.step(output, timestep, x).prev_sample

@@ -3,14 +3,14 @@
 import torch
 
 from diffusion_attn.editing.inversion import ddim_invert, dynamic_prompts, null_text
-from diffusion_attn.editing.inversion.path import Path
+from diffusion_attn.editing.inversion.ddim_path import DdimPath
 from tests.editing.golden import DPL, drawn
 from tests.editing.networks import assert_near, tiny
 
 
 def test_ddim_steps():
     case = DPL.cases["ddim_steps"]
-    path = Path(tiny().scheduler, case["params"]["steps"])
+    path = DdimPath(tiny().scheduler, case["params"]["steps"])
     x, output = drawn(case["inputs"]["x"]), drawn(case["inputs"]["eps"])
     at = [path.timesteps.index(t) for t in case["params"]["timesteps"]]
     DPL.close(torch.stack([path.down(step, output, x) for step in at]), "ddim_steps", "down")

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from diffusion_attn.editing.inversion.network import Network
-from diffusion_attn.editing.inversion.path import Path
+from diffusion_attn.editing.inversion.ddim_path import DdimPath
 from diffusion_attn.editing.inversion.record import Inversion, fingerprint
 from diffusion_attn.editing.inversion.stage import progress, stage
 from diffusion_attn.editing.layers import size_of
+from diffusion_attn.editing.network import Network
 from diffusion_attn.editing.text import Conditioning, device_of, encode, is_xl, text_encoders
 
 AfterStep = Callable[[int], object]
@@ -58,7 +58,7 @@ def ddim_invert(
         text = Conditioning(prompt_embeds.to(device_of(pipe)), pooled)
     if text is None:
         raise ValueError("there is neither a prompt nor prompt_embeds; give the text that describes the picture.")
-    path = Path(pipe.scheduler, num_inference_steps)
+    path = DdimPath(pipe.scheduler, num_inference_steps)
     network = Network(pipe, size_of(latents))
     levels = [latents.to(text.embeds.device, torch.float32)]
     with stage(network) as cost, progress(pipe, len(path), "inversion") as bar:

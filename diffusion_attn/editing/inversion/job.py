@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from diffusion_attn.core.errors import DiffusionAttnError
-from diffusion_attn.editing.inversion.network import Network, frozen
-from diffusion_attn.editing.inversion.path import Path
+from diffusion_attn.editing.inversion.ddim_path import DdimPath
 from diffusion_attn.editing.inversion.record import Inversion
 from diffusion_attn.editing.inversion.stage import progress, stage
+from diffusion_attn.editing.network import Network, frozen
 from diffusion_attn.editing.text import Conditioning, encode, encode_negative
 
 LOSS_SCALE = 2.0**14
@@ -48,7 +48,7 @@ class Job:
         replace(inversion, null_embeds=None).check(pipe)
         self.pipe, self.options, self.name = pipe, options, name
         self.prompt = inversion.prompt or ""
-        self.path = Path(pipe.scheduler, timesteps=inversion.timesteps)
+        self.path = DdimPath(pipe.scheduler, timesteps=inversion.timesteps)
         self.network = Network(pipe, inversion.size)
         device = self.network.device
         self.pivots = inversion.latents.to(device).flip(0)

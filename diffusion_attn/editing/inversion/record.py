@@ -12,8 +12,8 @@ import torch
 
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
 from diffusion_attn.editing.attention import AttentionControl, MapRecorder
-from diffusion_attn.editing.capture import AttentionMaps, Text
-from diffusion_attn.editing.inversion.network import Network
+from diffusion_attn.editing.maps import AttentionMaps, Text
+from diffusion_attn.editing.network import Network
 from diffusion_attn.editing.text import LearnedWords, encode, text_encoders
 from diffusion_attn.version import __version__
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffusion_attn.editing.inversion.network import Network
+from diffusion_attn.editing.network import Network
 from diffusion_attn.metrics.cost import measure
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusion_attn.core.errors import UnsupportedModelError
 
 
-class Path:
+class DdimPath:
     """The noise levels that a run passes, from the noisiest down to the picture.
 
     Source: DDIM, equation 12 with sigma 0; arXiv 2010.02502. The arithmetic of `DDIMScheduler` and
