@@ -35,6 +35,8 @@ def run(args: Any) -> int:
     Raises:
         DiffusionAttnError: an argument, the model or the folder stands against it.
     """
+    if not args.prompt.strip():
+        raise CommandError(f"the prompt is {args.prompt!r}; give one with words to look at.")
     words = args.words or list(dict.fromkeys(args.prompt.split()))
     for word in words:
         if word not in args.prompt.split(" "):

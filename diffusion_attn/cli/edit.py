@@ -52,12 +52,17 @@ def run(args: Any) -> int:
     weights = _weights(args)
     _check_words(args, weights)
     check_numbers(args, {"steps": 1, "guidance": 0, "cross": 0, "self": 0})
+    for name in ("cross", "self"):
+        if args[name] > 1:
+            raise CommandError(f"--{name} {args[name]}: expected a share of the steps, 0 to 1.")
     size = None if args.size is None else parse_size(args.size)
     image = _open(args.image)
     device = pick_device(args.device)
     models.check_model(args.model)
     output = Path(args.output).expanduser()
     files.prepare_folder(output)
+    if args.inversion is not None:
+        files.prepare_folder(Path(args.inversion).expanduser().parent, "--inversion in")
     with silence(args.quiet):
         from diffusion_attn.pipelines import DPLPipeline  # loads diffusers, which has things to say
 

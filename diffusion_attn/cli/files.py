@@ -33,8 +33,8 @@ def picture_name(index: int, prompt: str, seed: int, variant: str = "") -> str:
     return "-".join(filter(None, (f"{index:04d}", slug(prompt), f"seed{seed}", variant)))
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make ``folder`` and prove that files can be written in it.
+def prepare_folder(folder: Path, option: str = "--output") -> None:
+    """Make ``folder``, given as ``option``, and prove that files can be written in it.
 
     Raises:
         CommandError: they cannot.
@@ -44,7 +44,7 @@ def prepare_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise CommandError(
-            f"--output {str(folder)!r} cannot be written ({error.strerror}); choose another folder."
+            f"{option} {str(folder)!r} cannot be written ({error.strerror}); choose another folder."
         ) from error
 
 

@@ -67,6 +67,25 @@ def test_the_maps_are_those_that_are_computed_with():
     torch.testing.assert_close(maps.maps[0].permute(2, 0, 1), torch.stack(resized).sum(0)[0] / count)
 
 
+@pytest.mark.parametrize("make", [tiny.flux, tiny.sd3])
+def test_maps_of_joint_attention_are_the_texts_columns(make):
+    pipe = make()
+    with record(pipe, WORDS) as maps:
+        tiny.run(pipe, steps=1, guidance_scale=1.0)
+    tokens, seen = maps.maps.shape[1] * maps.maps.shape[2], []
+
+    def spy(query, key, value):
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        if query.shape[2] > tokens:  # not the layers of SD3.5 that see the image alone
+            text = query.shape[2] - tokens
+            seen.append(scores.softmax(-1).mean(1)[:, text:, :text])
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    tiny.denoiser(pipe).set_attn_processor(da.processors.JointAttnProcessor(spy))
+    tiny.run(pipe, steps=1, guidance_scale=1.0)
+    torch.testing.assert_close(maps.maps.flatten(1, 2), torch.stack(seen).mean(0))
+
+
 def test_maps_are_distributions_over_the_text():
     _, maps = recorded(tiny.sd(), size=(128, 64))
     torch.testing.assert_close(maps.maps.sum(-1), torch.ones(1, 16, 32))

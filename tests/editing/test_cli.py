@@ -121,6 +121,8 @@ def test_interrupted_and_gone_on_with(model, photo, tmp_path):
         (("--words", "star"), {}, "--words is for --method dpl"),
         (("--method", "dpl", "--words", "cat"), {}, f"--words 'cat' is not a word of '{SOURCE}'"),
         (("--blend", "star", "cat"), {}, f"--blend 'cat' is not a word of '{TARGET}'"),
+        (("--cross", "40"), {}, "--cross 40.0: expected a share of the steps"),
+        (("--inversion", "/proc/nowhere/x.safetensors"), {}, "--inversion in '/proc/nowhere' cannot be written"),
         (("--weights", "square"), {}, "--weights 'square': expected WORD=FACTOR"),
         (("--weights", "cat=2"), {}, "--weights 'cat' is not a word"),
         (("--size", "63"), {}, "multiples of"),
@@ -142,6 +144,8 @@ def test_bad_arguments_are_told_in_one_sentence(photo, model, tmp_path, capsys, 
 def test_a_word_that_is_not_in_the_prompt_has_no_map(capsys):
     assert main(["attention-map", SOURCE, "--words", "leopard"]) == 2
     assert "--words 'leopard' is not a word of the prompt" in capsys.readouterr().err
+    assert main(["attention-map", " "]) == 2
+    assert "give one with words" in capsys.readouterr().err
 
 
 def test_the_embedded_model_swaps_a_shape_and_keeps_the_rest(photo, tmp_path):
