@@ -101,7 +101,7 @@ class DPLPipeline(PromptToPromptPipeline):
             for kind, recorder in recorders.items():
                 sums[kind] = sums[kind] + recorder.take()[0]
 
-        control = AttentionControl(size, recorders=list(recorders.values()), guided=False)
+        control = AttentionControl(size, recorders=list(recorders.values()))
         with control.on(self.unet):
             inversion = ddim_invert(self, latents, prompt, num_inference_steps=num_inference_steps, callback=add)
         cross = sums["cross"] / inversion.steps

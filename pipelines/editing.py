@@ -19,10 +19,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.unet_layout import Size
 from diffusion_attn.editing.network import scale_of
 from diffusion_attn.editing.prompts import known_tokens
-from diffusion_attn.editing.text import text_encoders
 
 Words = str | Sequence[str]
 
@@ -49,7 +49,7 @@ class EditingPipeline(DiffusionPipeline):
     def __init__(
         self,
         vae: AutoencoderKL | None,
-        text_encoder: CLIPTextModel,
+        text_encoder: CLIPTextModel | None,
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
@@ -86,7 +86,11 @@ class EditingPipeline(DiffusionPipeline):
         Raises:
             UnsupportedModelError: it is of another family.
         """
-        text_encoders(pipeline)
+        if not hasattr(pipeline, "unet") or getattr(pipeline, "tokenizer", None) is None:
+            raise UnsupportedModelError(
+                f"{type(pipeline).__name__} has no UNet with a tokenizer; give a pipeline of Stable Diffusion 1, 2 "
+                "or XL."
+            )
         names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         found = {name: getattr(pipeline, name) for name in names if hasattr(pipeline, name)}
         found.setdefault("vae", None)  # latents can be edited without
@@ -166,6 +170,18 @@ class EditingPipeline(DiffusionPipeline):
         if embeds is None:
             return {}
         return {"image_embeds": [part.to(self._execution_device, self.unet.dtype) for part in embeds]}
+
+    @staticmethod
+    def check_callback(names: Sequence[str]) -> None:
+        """Refuse tensors that a callback cannot be given.
+
+        Raises:
+            ValueError: there is one beside ``"latents"``.
+        """
+        if set(names) - {"latents"}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs is {list(names)}; the callback can be given 'latents' alone."
+            )
 
     def word_tokens(self, prompts: Sequence[str], words: Sequence[Words], argument: str) -> list[list[list[int]]]:
         """The token positions of each of the words that are named for each of ``prompts``.

@@ -95,11 +95,7 @@ class PromptToPromptPipeline(EditingPipeline):
             DiffusionAttnError: the inversion is of another model or prompt.
             MethodConflictError: a method in force computes the attention that is to be edited.
         """
-        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs is {list(callback_on_step_end_tensor_inputs)}; the callback can "
-                "be given 'latents' alone."
-            )
+        self.check_callback(callback_on_step_end_tensor_inputs)
         source, targets = _prompts(source_prompt, target_prompt, inversion)
         prompts, rows = [source, *targets], 1 + len(targets)
         if inversion is not None:
@@ -133,7 +129,7 @@ class PromptToPromptPipeline(EditingPipeline):
             blend = _Blend(tokens, blend_threshold, map_grid(size, map_size))
         added = self.image_conditions(ip_adapter_image_embeds)
         guided = guidance_scale != 1
-        control = AttentionControl(size, edit, [blend.recorder] if blend else [], guided)
+        control = AttentionControl(size, [edit], [blend.recorder] if blend else [], rows)
         network = Network(self, size)
         negative = encode_negative(self, negative_prompt)
         text = encode(self, prompts)

@@ -56,31 +56,37 @@ class MapRecorder:
 class AttentionControl:
     """What a forward pass of a UNet does with its attention maps.
 
-    A batch is ``[unconditional rows, conditional rows]`` when ``guided``, else conditional rows only. Only conditional
-    rows are edited and recorded, in that order: what is recorded is what was computed with. The sampling loop sets
-    ``step``.
+    A batch is ``[unconditional rows, conditional rows]``. Only conditional rows are edited and recorded, in that order:
+    what is recorded is what was computed with. The sampling loop sets ``step``, and ``recording`` where it does not
+    want the maps of every step.
 
     Args:
         size: ``(height, width)`` of the latent.
-        edit: of the prompts of the rows, the source's first.
+        edits: of the prompts of the rows: one edit of all rows, the source's first, or one for each pair of a source
+            and a target, all sources first. Several have their windows of self- and image attention in common.
         recorders: take the maps.
-        guided: how the batch is laid out.
+        rows: how many are conditional, the last ones; ``None``: all.
     """
 
     def __init__(
-        self, size: Size, edit: PromptEdit | None = None, recorders: Sequence[MapRecorder] = (), guided: bool = True
+        self,
+        size: Size,
+        edits: Sequence[PromptEdit] = (),
+        recorders: Sequence[MapRecorder] = (),
+        rows: int | None = None,
     ) -> None:
-        self.size, self.edit, self.recorders, self.guided = size, edit, recorders, guided
+        self.size, self.edits, self.recorders, self.rows = size, list(edits), recorders, rows
         self.step = 0
+        self.recording = True
 
     def touches(self, layer: AttentionLayer) -> bool:
         """Whether there can be something to do at ``layer``; others keep their processor."""
         grid = reduced(self.size, layer.factor)
         if any(recorder.wants(layer.kind, grid) for recorder in self.recorders):
             return True
-        if self.edit is None:
+        if not self.edits:
             return False
-        return layer.kind == "cross" or self.edit.ever_copies(grid[0] * grid[1])
+        return layer.kind == "cross" or self.edits[0].ever_copies(grid[0] * grid[1])
 
     def attend(
         self,
@@ -92,24 +98,25 @@ class AttentionControl:
         fused: Fused,
     ) -> torch.Tensor:
         """``(batch, tokens, heads, head_dim)`` from the same, and the map where somebody wants it."""
-        first = len(query) // 2 if self.guided else 0
+        first = 0 if self.rows is None else len(query) - self.rows
         grid = grid_of(query.shape[1], self.size)
-        recorders = [recorder for recorder in self.recorders if recorder.wants(layer.kind, grid)]
-        edit = self.edit
-        if edit is not None and layer.kind == "cross" and edit.edits_words(self.step):
+        recorders = [recorder for recorder in self.recorders if self.recording and recorder.wants(layer.kind, grid)]
+        pairs = len(self.edits)
+        if layer.kind == "cross" and any(edit.edits_words(self.step) for edit in self.edits):
             maps = probabilities(query[first:], key[first:], _rows(mask, first))
-            maps = edit.edit(maps, kind="cross", step=self.step)
+            rows = [edit.edit(maps[pair::pairs], kind="cross", step=self.step) for pair, edit in enumerate(self.edits)]
+            maps = torch.stack(rows, 1).flatten(0, 1)
             mean = maps.mean(1)
             edited = (maps.to(value.dtype) @ value[first:].transpose(1, 2)).transpose(1, 2)
             plain = fused(query[:first], key[:first], value[:first], _rows(mask, 0, first)) if first else edited[:0]
             out = torch.cat([plain, edited])
         else:
             if (
-                edit is not None
+                self.edits
                 and layer.kind in ("self", "image")
-                and edit.copies(layer.kind, self.step, query.shape[1])
+                and self.edits[0].copies(layer.kind, self.step, query.shape[1])
             ):
-                query, key = (_copied(x, first) for x in (query, key))
+                query, key = (_copied(x, first, pairs) for x in (query, key))
             out = fused(query, key, value, mask)
             if not recorders:
                 return out
@@ -169,9 +176,10 @@ def _resized(maps: torch.Tensor, size: Size) -> torch.Tensor:
     return F.interpolate(maps.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)
 
 
-def _copied(x: torch.Tensor, first: int) -> torch.Tensor:
-    """``(batch, ...)`` with the source's row, the first conditional one, in all conditional rows."""
-    return torch.cat([x[:first], x[first : first + 1].expand_as(x[first:])])
+def _copied(x: torch.Tensor, first: int, sources: int) -> torch.Tensor:
+    """``(batch, ...)`` with the sources' rows, the first conditional ones, in all conditional rows."""
+    copies = (len(x) - first) // sources
+    return torch.cat([x[:first], *[x[first : first + sources]] * copies])
 
 
 def _rows(mask: torch.Tensor | None, first: int, end: int | None = None) -> torch.Tensor | None:

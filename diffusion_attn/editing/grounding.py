@@ -113,13 +113,13 @@ def union_mask(source: torch.Tensor, target: torch.Tensor, threshold: float, siz
     Source: ViMAEdit, editing area grounding; arXiv 2410.10496.
 
     Args:
-        source: ``(1, 1, H, W)``.
-        target: ``(1, 1, H, W)``.
+        source: ``(pairs, 1, H, W)``.
+        target: ``(pairs, 1, H, W)``.
         threshold: 0 to 1.
         size: ``(height, width)`` of the mask, reached by nearest neighbours.
 
     Returns:
-        ``(1, 1, *size)`` bool; a constant map adds nothing.
+        ``(pairs, 1, *size)`` bool; a constant map adds nothing.
 
     Raises:
         ValueError: the maps have different shapes, or not four dimensions.
@@ -127,7 +127,7 @@ def union_mask(source: torch.Tensor, target: torch.Tensor, threshold: float, siz
     if source.dim() != 4 or source.shape != target.shape:
         raise ValueError(
             f"source {tuple(source.shape)} and target {tuple(target.shape)}: expected two maps of one shape "
-            "(1, 1, H, W)."
+            "(pairs, 1, H, W)."
         )
     return _above(source, threshold, size) | _above(target, threshold, size)
 

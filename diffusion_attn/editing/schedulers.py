@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -18,7 +20,10 @@ class EditDDIMScheduler(DDIMScheduler):
     Source: ViMAEdit, section 3 (arXiv 2410.10496), on the consistency of InfEdit (arXiv 2312.04965).
 
     Args:
-        eta: share of the full posterior deviation that is added where the mask is.
+        eta: share of the noise that is added where the mask is, of the posterior deviation or the marginal variance.
+        variance: ``"posterior"``, that of ancestral DDIM, or ``"marginal"``, all the noise of the next timestep: with
+            ``eta`` of 1 InfEdit's denoising consistency model, for networks that were distilled to few steps. There a
+            missing mask is everywhere.
         clip_sample, steps_offset: as in `DDIMScheduler`, whose other arguments are taken too; ``False`` and 1 here.
     """
 
@@ -43,7 +48,10 @@ class EditDDIMScheduler(DDIMScheduler):
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
         eta: float = 1.0,
+        variance: Literal["posterior", "marginal"] = "posterior",
     ) -> None:
+        if variance not in ("posterior", "marginal"):
+            raise ValueError(f"variance is {variance!r}; give 'posterior' or 'marginal'.")
         super().__init__(
             num_train_timesteps,
             beta_start,
@@ -61,6 +69,28 @@ class EditDDIMScheduler(DDIMScheduler):
             timestep_spacing,
             rescale_betas_zero_snr,
         )
+        self._after: dict[int, int] = {}  # the next timestep, where the user has chosen them
+
+    def set_timesteps(
+        self, num_inference_steps: int = 0, device: Any = None, timesteps: Sequence[int] | None = None
+    ) -> None:
+        """As in `DDIMScheduler`, or to ``timesteps`` of your own, noisiest first.
+
+        Raises:
+            ValueError: ``timesteps`` do not fall, or are none of the training's.
+        """
+        if timesteps is None:
+            super().set_timesteps(num_inference_steps, device)
+            self._after.clear()
+            return
+        ends = [self.config.num_train_timesteps, *timesteps, -1]
+        if not timesteps or any(after >= before for before, after in pairwise(ends)):
+            raise ValueError(
+                f"timesteps are {list(timesteps)}; give falling ones below {self.config.num_train_timesteps}."
+            )
+        self.num_inference_steps = len(timesteps)
+        self.timesteps = torch.tensor(timesteps, device=device)
+        self._after = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
 
     def edit_step(
         self,
@@ -79,7 +109,8 @@ class EditDDIMScheduler(DDIMScheduler):
             timestep: of the step.
             sample: ``(2P, C, h, w)``, all sources, then all targets.
             source_latents: ``(P, C, h, w)``, where the sources have to end; ``None``: no pairs, any batch.
-            variance_mask: ``(1 or P, 1, h, w)``, where noise is added; ``None`` is the same as nowhere.
+            variance_mask: ``(1 or P, 1, h, w)``, where noise is added; ``None`` is the same as nowhere, or everywhere
+                if it is the marginal variance.
             generator: draws the noise.
             variance_noise: ``(1 or P, C, h, w)``, the noise, one for source and target.
 
@@ -91,7 +122,7 @@ class EditDDIMScheduler(DDIMScheduler):
         """
         _check(sample, source_latents)
         step = int(timestep)
-        previous = step - self.config.num_train_timesteps // self.num_inference_steps
+        previous = self._after.get(step, step - self.config.num_train_timesteps // self.num_inference_steps)
         now = self.alphas_cumprod[step].to(sample.device)
         after = self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
         after = after.to(sample.device)
@@ -100,13 +131,18 @@ class EditDDIMScheduler(DDIMScheduler):
             clean = self._threshold_sample(clean)
         elif self.config.clip_sample:
             clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        deviation = torch.zeros((), device=sample.device)
-        if variance_mask is not None:
+        if self.config.variance == "marginal":
+            full = (self.config.eta * (1 - after)).sqrt()
+        else:
             variance = (1 - after) / (1 - now) * (1 - now / after)
-            deviation = _paired(variance_mask.to(sample), sample) * self.config.eta * variance.clamp(min=0).sqrt()
+            full = self.config.eta * variance.clamp(min=0).sqrt()
+        if variance_mask is not None:
+            deviation = _paired(variance_mask.to(sample), sample) * full
+        else:
+            deviation = full if self.config.variance == "marginal" else torch.zeros_like(full)
         kept = ((1 - after - deviation**2) / (1 - now)).clamp(min=0).sqrt()
         moved = (after.sqrt() - now.sqrt() * kept) * clean + kept * sample
-        if variance_mask is not None and bool(deviation.any()):
+        if bool(deviation.any()):
             moved = moved + deviation * _noise(sample, source_latents, generator, variance_noise)
         return SchedulerOutput(prev_sample=_ended(moved, source_latents, bool(after == 1)).to(sample.dtype))
 

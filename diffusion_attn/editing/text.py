@@ -26,6 +26,10 @@ class Conditioning:
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
 
+    def rows(self, indices: torch.Tensor) -> Conditioning:
+        """Some of them."""
+        return Conditioning(self.embeds[indices], None if self.pooled is None else self.pooled[indices])
+
     @staticmethod
     def join(*parts: Conditioning) -> Conditioning:
         """The rows of all ``parts``."""

@@ -51,13 +51,13 @@ def test_layers_with_nothing_to_do_keep_their_processors():
     before = dict(unet.attn_processors)
     tokenizer = tiny.sd().tokenizer
     edit = PromptEdit(PROMPT, PROMPT, tokenizer, 10, max_queries=16)
-    with AttentionControl((16, 16), edit).on(unet):
+    with AttentionControl((16, 16), [edit], rows=2).on(unet):
         changed = {name for name, processor in unet.attn_processors.items() if processor is not before[name]}
     layers = list(attention_layers(unet))
     expected = {x.name for x in layers if x.kind == "cross" or x.factor >= 4}
     assert changed == {f"{name}.processor" for name in expected}
     edit = PromptEdit(PROMPT, PROMPT, tokenizer, 10, self_replace_steps=0)
-    with AttentionControl((16, 16), edit).on(unet):
+    with AttentionControl((16, 16), [edit], rows=2).on(unet):
         changed = {name for name, processor in unet.attn_processors.items() if processor is not before[name]}
     assert changed == {f"{x.name}.processor" for x in layers if x.kind == "cross"}
     assert all(before[name] is processor for name, processor in unet.attn_processors.items())
@@ -70,7 +70,7 @@ def test_attention_to_pictures_is_the_sources_inside_its_window(window):
     pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
     layer = next(x for x in attention_layers(pipe.unet) if x.kind == "cross")
     edit = PromptEdit(PROMPT, PROMPT, pipe.tokenizer, 10, image_replace_steps=window)
-    control = AttentionControl((16, 16), edit, guided=False)
+    control = AttentionControl((16, 16), [edit])
     hidden = noise(1, 256, 8).expand(2, -1, -1)
     text = noise(1, pipe.tokenizer.model_max_length, 12, seed=1).expand(2, -1, -1)
     pictures = noise(2, 1, 4, 12, seed=2)

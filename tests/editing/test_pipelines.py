@@ -59,7 +59,7 @@ def test_self_attention_in_the_fused_kernel_equals_the_map(pipe):
     from diffusion_attn.editing.layers import AttentionLayer
 
     change = PromptEdit(PROMPT, TARGET, pipe.tokenizer, 10, self_replace_steps=1.0)
-    control = AttentionControl((4, 4), change)
+    control = AttentionControl((4, 4), [change], rows=2)
     layer = AttentionLayer("layer", None, "self", "down", 1)
     query, key, value = (noise(4, 16, 2, 8, seed=seed) for seed in range(3))
 

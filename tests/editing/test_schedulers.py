@@ -70,6 +70,32 @@ def test_official_trajectories(name):
     assert torch.equal(x[:1], source)
 
 
+@VIMAEDIT.named("ddcm_pub")
+def test_official_virtual_inversion(name):
+    """Step by step, since the published source row carries the target's direction, and ours its own.
+
+    The published loop adds noise after its last step too; its result is what the last step takes for the picture.
+    """
+    case = VIMAEDIT.cases[name]
+    params = case["parameters"]
+    scheduler = EditDDIMScheduler(**BETAS, variance="marginal", eta=params["eta"])
+    scheduler.set_timesteps(timesteps=params["timesteps"])
+    source = tensor(case, "source_latent")
+    sources, targets, clean = (VIMAEDIT.expected(name, key) for key in ("source", "target", "predicted_target"))
+    x = tensor(case, "init_noise").expand(2, -1, -1, -1)
+    tolerance = {"atol": case["tolerance"] * float(targets.abs().max()), "rtol": 0}
+    for step, timestep in enumerate(scheduler.timesteps):
+        output = torch.cat([tensor(case, "eps_source", step), tensor(case, "eps_target", step)])
+        moved = scheduler.edit_step(output, timestep, x, source, variance_noise=tensor(case, "noise", step)).prev_sample
+        if step == len(scheduler.timesteps) - 1:
+            torch.testing.assert_close(moved, torch.stack([source[0], clean[step]]), **tolerance)
+        else:
+            torch.testing.assert_close(moved[1], targets[step], **tolerance)
+        if params["eta"] == 1 and step < len(scheduler.timesteps) - 1:
+            torch.testing.assert_close(moved[0], sources[step], **tolerance)
+        x = torch.stack([sources[step], targets[step]])
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_without_source_and_mask_it_is_the_stock_step(prediction):
     params = {"num_inference_steps": 20, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
@@ -154,5 +180,10 @@ def test_bad_arguments():
     x = noise(2, 4, 6, 6)
     with pytest.raises(ValueError, match="solver_order is 3"):
         scheduler.edit_step(x, 999, x, None, torch.ones(1, 1, 6, 6))
+    for timesteps in ([], [500, 700], [1000, 500]):
+        with pytest.raises(ValueError, match="give falling ones"):
+            EditDDIMScheduler(**BETAS).set_timesteps(timesteps=timesteps)
+    with pytest.raises(ValueError, match="variance is 'all'"):
+        EditDDIMScheduler(**BETAS, variance="all")
     with pytest.raises(ValueError, match="sample has 2 rows and source_latents 2"):
         scheduler.edit_step(x, 999, x, x)

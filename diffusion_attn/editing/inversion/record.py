@@ -111,7 +111,7 @@ class Inversion:
         maps.prompts = [self.prompt]
         recorder, network = MapRecorder("cross"), Network(pipe, self.size)
         text = encode(pipe, [self.prompt])
-        with AttentionControl(self.size, recorders=[recorder], guided=False).on(pipe.unet):
+        with AttentionControl(self.size, recorders=[recorder]).on(pipe.unet):
             for step, timestep in enumerate(self.timesteps.tolist()):
                 if (learned := self.learned(step)) is not None:
                     text = encode(pipe, [self.prompt], learned)

@@ -62,7 +62,7 @@ def _fit_words(job: Job, step: int, rows: torch.Tensor, criteria: Sequence[Crite
     rows = rows.detach().clone()
     optimizer = torch.optim.AdamW([rows], lr=1e-3)
     recorder = MapRecorder("cross", tuple(job.options["map_size"]))
-    control = AttentionControl(job.size, recorders=[recorder], guided=False)
+    control = AttentionControl(job.size, recorders=[recorder])
     groups = [tokens for word in job.words for tokens in occurrences(job.prompt, word, text_encoders(job.pipe)[0][0])]
     with control.on(job.pipe.unet):
         for iteration in range(job.options["num_word_steps"] if active else 0):

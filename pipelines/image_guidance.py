@@ -1,0 +1,122 @@
+"""What image adapters of an editing pipeline are told, and how strong they are meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention_processor import (
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+)
+from diffusers.models.embeddings import ImageProjection
+
+from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.editing.guidance import image_guidance_embeds
+
+Layout = Literal["contrastive", "per_branch"]
+
+
+def has_adapters(unet: Any) -> bool:
+    """Whether an IP-Adapter is loaded."""
+    return unet.config.encoder_hid_dim_type == "ip_image_proj"
+
+
+@contextmanager
+def adapter_scale(unet: Any, scale: float | None) -> Iterator[None]:
+    """All image adapters of ``unet`` at ``scale`` for a block of code; ``None`` leaves them alone."""
+    kinds = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+    processors = [x for x in unet.attn_processors.values() if isinstance(x, kinds)]
+    before = [processor.scale for processor in processors]
+    try:
+        for processor in processors if scale is not None else ():
+            processor.scale = [scale] * len(processor.scale)
+        yield
+    finally:
+        for processor, known in zip(processors, before, strict=True):
+            processor.scale = known
+
+
+def no_images(unet: Any, rows: int) -> list[torch.Tensor]:
+    """Embeddings ``(rows, 1, D)`` for adapters whose scale is 0.
+
+    Raises:
+        UnsupportedModelError: an adapter is of a kind that reads patches of a picture.
+    """
+    return [torch.zeros(rows, 1, width) for width in _widths(unet)]
+
+
+def estimate_target_embeds(
+    pipe: Any, images: Sequence[Any], sources: Sequence[str], targets: Sequence[str], layout: Layout
+) -> list[torch.Tensor]:
+    """Embeddings ``(4 * pairs, 1, D)`` for each adapter, all pairs of a branch together, in the denoiser's order.
+
+    Source: ViMAEdit, CLIP-based target image embedding estimation; arXiv 2410.10496.
+
+    Args:
+        pipe: with the adapter's ``image_encoder`` and ``feature_extractor`` and the text encoder of the same CLIP.
+        images: PIL pictures.
+        sources, targets: the prompts of each.
+        layout: as in `image_guidance_embeds`.
+
+    Raises:
+        UnsupportedModelError: an adapter is of a kind that reads patches of a picture, or takes another CLIP's.
+        ValueError: an encoder is missing.
+    """
+    widths = _widths(pipe.unet)
+    encoder, tokenizer = _text_encoder(pipe)
+    width = pipe.image_encoder.config.projection_dim
+    if {width} != {*widths, encoder.config.projection_dim}:
+        raise UnsupportedModelError(
+            f"image_encoder gives {width} numbers, the text encoder for the guidance {encoder.config.projection_dim} "
+            f"and the IP-Adapter takes {widths}; take encoders of the CLIP that the adapter was trained with, or give "
+            "ip_adapter_image_embeds."
+        )
+    device = pipe._execution_device
+    pixels = pipe.feature_extractor(images=list(images), return_tensors="pt").pixel_values
+    seen = pipe.image_encoder(pixels.to(device, pipe.image_encoder.dtype)).image_embeds
+    ids = tokenizer(
+        [*sources, *targets],
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    said = encoder(ids.to(device)).text_embeds.unflatten(0, (2, -1))
+    of_pairs = zip(seen.split(1), said[0].split(1), said[1].split(1), strict=True)
+    rows = [image_guidance_embeds(image, source, target, layout) for image, source, target in of_pairs]
+    return [torch.stack(rows, 1).flatten(0, 1)] * len(widths)
+
+
+def _text_encoder(pipe: Any) -> tuple[Any, Any]:
+    """The text encoder of the adapter's CLIP; for SDXL's own adapters it is the second of the pipeline."""
+    if pipe.image_encoder is None or pipe.feature_extractor is None:
+        raise ValueError(
+            "image_encoder or feature_extractor is missing, which load_ip_adapter loads beside the adapter; make this "
+            "pipeline from one that has them, or give ip_adapter_image_embeds, or ip_adapter_scale=0."
+        )
+    if pipe.guidance_text_encoder is not None:
+        return pipe.guidance_text_encoder, pipe.guidance_tokenizer or pipe.tokenizer
+    second = getattr(pipe, "text_encoder_2", None)
+    if second is not None and second.config.projection_dim == pipe.image_encoder.config.projection_dim:
+        return second, pipe.tokenizer_2
+    raise ValueError(
+        "an IP-Adapter is loaded, and the text encoder of its CLIP is not, which says what the edited picture would "
+        "look like; call load_guidance_encoder(), or give ip_adapter_image_embeds, or ip_adapter_scale=0."
+    )
+
+
+def _widths(unet: Any) -> list[int]:
+    """How long an embedding is that each adapter takes."""
+    projections = unet.encoder_hid_proj.image_projection_layers
+    for projection in projections:
+        if not isinstance(projection, ImageProjection):
+            raise UnsupportedModelError(
+                f"an IP-Adapter with {type(projection).__name__} reads patches of a picture, of which there are none "
+                "of one that is still to be drawn; load a plain one such as ip-adapter_sd15.safetensors, or give "
+                "ip_adapter_image_embeds."
+            )
+    return [projection.image_embeds.in_features for projection in projections]

@@ -1,0 +1,433 @@
+"""ViMAEdit: edit a picture by its prompt, with the edited picture's estimated embedding and a mask found on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from diffusion_attn.core.unet_layout import Size
+from diffusion_attn.editing.attention import AttentionControl
+from diffusion_attn.editing.controls import PromptEdit
+from diffusion_attn.editing.edit_area import EditArea
+from diffusion_attn.editing.layers import reduced, size_of
+from diffusion_attn.editing.network import Network
+from diffusion_attn.editing.prompts import ReplaceSteps, Window
+from diffusion_attn.editing.schedulers import EditDDIMScheduler
+from diffusion_attn.editing.text import Conditioning, encode, encode_negative, is_xl
+from diffusion_attn.pipelines.editing import EditingPipeline, Words
+from diffusion_attn.pipelines.image_guidance import (
+    Layout,
+    adapter_scale,
+    estimate_target_embeds,
+    has_adapters,
+    no_images,
+)
+from diffusion_attn.pipelines.masks import EditMasks, painted_mask
+from diffusion_attn.pipelines.output import EditOutput
+
+BlendWords = tuple[Words, Words]
+
+
+class ViMAEditPipeline(EditingPipeline):
+    """Edits real pictures without inverting them: the source's path is known, since it ends at the picture.
+
+    Prompt-to-Prompt steers attention; a loaded IP-Adapter is told what the edited picture should look like; with words
+    to blend, the edit stays where they are seen, and noise lets it change what is most theirs. Serves Stable Diffusion
+    1, 2 and XL, at any size the model takes. Source: arXiv 2410.10496.
+    """
+
+    image_encoder: Any
+    feature_extractor: Any
+    guidance_text_encoder: Any
+    guidance_tokenizer: Any
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->guidance_text_encoder->unet->vae"
+    _optional_components: ClassVar = [
+        *EditingPipeline._optional_components,
+        "guidance_text_encoder",
+        "guidance_tokenizer",
+    ]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | None,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: Any,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        guidance_text_encoder: CLIPTextModelWithProjection | None = None,
+        guidance_tokenizer: CLIPTokenizer | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> None:
+        """Take the components of a Stable Diffusion pipeline, and the text encoder of an IP-Adapter's CLIP.
+
+        A ``scheduler`` without ``edit_step`` becomes an `EditDDIMScheduler`.
+        """
+        if not hasattr(scheduler, "edit_step"):
+            # As StableDiffusionPipeline does, and SDXL's does not: latents are no pixels, to be clipped.
+            scheduler = EditDDIMScheduler.from_config(scheduler.config, clip_sample=False, steps_offset=1)
+        super().__init__(
+            vae,
+            text_encoder,
+            tokenizer,
+            unet,
+            scheduler,
+            text_encoder_2,
+            tokenizer_2,
+            image_encoder,
+            feature_extractor,
+            force_zeros_for_empty_prompt,
+        )
+        self.register_modules(guidance_text_encoder=guidance_text_encoder, guidance_tokenizer=guidance_tokenizer)
+
+    def load_guidance_encoder(self, name: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **options: Any) -> None:
+        """Load the text half of the CLIP whose image half the IP-Adapter reads.
+
+        Args:
+            name: folder or Hub id of the whole CLIP; the default is that of IP-Adapters for Stable Diffusion 1 and of
+                SDXL's ``vit-h`` ones. SDXL's others need none: it is the pipeline's second text encoder.
+            options: of ``from_pretrained``.
+        """
+        tokenizer = CLIPTokenizer.from_pretrained(name, **options)
+        encoder = CLIPTextModelWithProjection.from_pretrained(name, **options)
+        like = self.unet if self.image_encoder is None else self.image_encoder
+        self.register_modules(
+            guidance_text_encoder=encoder.to(self.unet.device, like.dtype).eval(), guidance_tokenizer=tokenizer
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        source_prompt: str | Sequence[str],
+        target_prompt: str | Sequence[str],
+        blend_words: BlendWords | Sequence[BlendWords | None] | None = None,
+        *,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[int] | None = None,
+        source_guidance_scale: float = 1.0,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | None = None,
+        edit_type: Literal["replace", "refine", "auto"] = "refine",
+        alignment: Literal["aligned", "reference"] = "aligned",
+        cross_replace_steps: ReplaceSteps | list[ReplaceSteps] = 0.4,
+        self_replace_steps: Window = 0.6,
+        image_replace_steps: Window = 0.1,
+        word_weights: Mapping[str | int, float] | list[Mapping[str | int, float] | None] | None = None,
+        max_queries: int | None = None,
+        ip_adapter_scale: float | None = 0.4,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        image_guidance_layout: Layout = "contrastive",
+        blend_threshold: float = 0.5,
+        variance_threshold: float | None = 0.8,
+        grounding_iterations: int = 5,
+        grounding_gamma: float = 0.5,
+        mask_start: float = 0.2,
+        map_size: int | Size | None = None,
+        edit_mask: Any = None,
+        edit_mask_mode: Literal["replace", "intersect"] = "replace",
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        variance_noise: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> EditOutput | tuple[Any, ...]:
+        """Edit a picture, or several pairs of a picture and a target in one batch.
+
+        Args:
+            image: a PIL picture, an array, a tensor or latents; a list or a batch for several pairs. What there is
+                one of goes with all.
+            source_prompt: describes it.
+            target_prompt: describes the wanted result.
+            blend_words: ``(source, target)``, a word or several of each prompt, or a list with one such pair or
+                ``None`` for each pair: outside of where they are seen the picture stays as it is. Without, everything
+                may change.
+            num_inference_steps: of the schedule.
+            timesteps: instead of ``num_inference_steps``, noisiest first.
+            source_guidance_scale, guidance_scale: of the source's branch and of the target's; 1 for none.
+            negative_prompt: of both.
+            edit_type, alignment, self_replace_steps, image_replace_steps: as in
+                `diffusion_attn.editing.controls.PromptEdit`.
+            cross_replace_steps, word_weights: the same, or a list with one for each pair.
+            max_queries: layers of more queries keep their own self-attention and image attention; ``None``: those
+                above half the latent's height and width.
+            ip_adapter_scale: of a loaded IP-Adapter, 0 for none; ``None``: what the pipeline has it at.
+            ip_adapter_image_embeds: one ``(4 * pairs, 1, D)`` for each adapter, unconditional sources, unconditional
+                targets, sources, targets; used as they are instead of the estimated ones.
+            image_guidance_layout: which rows are told of which picture, as in
+                `diffusion_attn.editing.guidance.image_guidance_embeds`.
+            blend_threshold: above which part of its range a word's map is where the picture may change.
+            variance_threshold: the same for where noise is added; ``None``: masks do not steer noise.
+            grounding_iterations, grounding_gamma: how far word maps are spread, as in
+                `diffusion_attn.editing.grounding.propagate`.
+            mask_start: the share of the steps before which masks are not used.
+            map_size: ``(height, width)`` of the maps that words are spread on; ``None``: half the latent's.
+            edit_mask: where the picture may change: a PIL picture, an array or a tensor of its size or the latent's,
+                ``(h, w)`` or ``(1 or pairs, 1, h, w)``, bool or 0 to 1 for how much.
+            edit_mask_mode: it is taken instead of what the words ground, or cut out of that.
+            height, width: in pixels; ``None``: the picture's.
+            generator: of the noise, or one for each pair.
+            latents: ``(1 or pairs, C, h, w)``, the noise that the picture is drawn out of.
+            variance_noise: ``(steps, 1 or pairs, C, h, w)``, the noise of each step.
+            prompt_embeds, negative_prompt_embeds: ``(2 * pairs, L, D)``, of sources and targets, instead of what the
+                text encoders make of the prompts.
+            output_type: of the pictures.
+            return_dict: an `EditOutput`, or a tuple of what it holds.
+            callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": ...}``; what it
+                returns under ``"latents"`` is gone on with.
+            callback_on_step_end_tensor_inputs: what it is given; there is nothing but ``"latents"``.
+
+        Raises:
+            ValueError: an argument is not what it should be, or a word is not in its prompt.
+            UnsupportedModelError: the UNet or its IP-Adapter has not what is asked for.
+            MethodConflictError: a method in force computes the attention that is to be edited.
+            DiffusionAttnError: the words attend to everything alike, so that there is no mask.
+        """
+        self.check_callback(callback_on_step_end_tensor_inputs)
+        _check(blend_threshold, variance_threshold, mask_start, edit_mask_mode)
+        if not hasattr(self.scheduler, "edit_step"):
+            raise ValueError(
+                f"scheduler is a {type(self.scheduler).__name__}, which cannot edit; set the pipeline's to an "
+                "EditDDIMScheduler or EditDPMSolverMultistepScheduler of diffusion_attn.editing.schedulers."
+            )
+        images, sources, targets = _paired(image, source_prompt, target_prompt)
+        pairs = len(targets)
+        tokens = self._blend_tokens(blend_words, sources, targets)
+        embeds = self._image_embeds(
+            images, sources, targets, ip_adapter_scale, ip_adapter_image_embeds, image_guidance_layout
+        )
+        text = self._text(prompt_embeds, "prompt_embeds", pairs, lambda: encode(self, [*sources, *targets]))
+        negative = self._text(
+            negative_prompt_embeds,
+            "negative_prompt_embeds",
+            pairs,
+            lambda: Conditioning.join(*[encode_negative(self, negative_prompt)] * 2 * pairs),
+        )
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        else:
+            self.scheduler.set_timesteps(timesteps=list(timesteps), device=self._execution_device)
+        schedule = self.scheduler.timesteps
+        known = self._latents(images, height, width)
+        size = size_of(known)
+        half = reduced(size, 2)
+        edits = [
+            PromptEdit(
+                source,
+                target,
+                self.tokenizer,
+                len(schedule),
+                edit_type=edit_type,
+                alignment=alignment,
+                cross_replace_steps=window,
+                self_replace_steps=self_replace_steps,
+                image_replace_steps=image_replace_steps,
+                word_weights=weights,
+                max_queries=half[0] * half[1] if max_queries is None else max_queries,
+            )
+            for source, target, window, weights in zip(
+                sources,
+                targets,
+                _each(cross_replace_steps, pairs, "cross_replace_steps"),
+                _each(word_weights, pairs, "word_weights"),
+                strict=True,
+            )
+        ]
+        painted = None if edit_mask is None else painted_mask(edit_mask, size, pairs).to(known.device)
+        area = None
+        if any(tokens) and (painted is None or edit_mask_mode == "intersect"):
+            grid = (map_size, map_size) if isinstance(map_size, int) else map_size
+            area = EditArea(tokens, grid or half, grounding_gamma, grounding_iterations)
+        masks = EditMasks(area, painted, tokens[:pairs], (blend_threshold, variance_threshold), known)
+        control = AttentionControl(size, edits, area.recorders if area else [], rows=2 * pairs)
+        network = Network(self, size)
+
+        scales = torch.tensor([source_guidance_scale] * pairs + [guidance_scale] * pairs, device=known.device)
+        guided = (scales != 1).nonzero().flatten()  # rows that need an unconditional one
+        scales = scales[guided, None, None, None]
+        whole = Conditioning.join(negative.rows(guided), text)
+        added = self.image_conditions(
+            None if embeds is None else [torch.cat([x[guided.to(x.device)], x[2 * pairs :]]) for x in embeds]
+        )
+        noise = self._noise(latents, known, generator)
+        x = self.scheduler.add_noise(known, noise, schedule[:1].expand(pairs)).repeat(2, 1, 1, 1)
+        progress = self.progress_bar(total=len(schedule))
+        with control.on(self.unet), adapter_scale(self.unet, ip_adapter_scale), progress as bar:
+            for step, timestep in enumerate(schedule):
+                control.step = step
+                control.recording = masked = masks.any and step + 1 >= int(mask_start * len(schedule))
+                output = network(torch.cat([x[guided], x]), timestep, whole, **added)
+                free, predicted = output[: len(guided)], output[len(guided) :]
+                predicted = predicted.index_copy(0, guided, free + scales * (predicted[guided] - free))
+                if masked:
+                    masks.update()
+                x = self.scheduler.edit_step(
+                    predicted,
+                    timestep,
+                    x,
+                    known,
+                    variance_mask=masks.variance,
+                    generator=generator,
+                    variance_noise=None if variance_noise is None else variance_noise[step].to(x.device),
+                ).prev_sample
+                if masks.blend is not None:
+                    source, target = x.chunk(2)
+                    x = torch.cat([source, source.lerp(target, masks.blend)])
+                if callback_on_step_end is not None:
+                    x = callback_on_step_end(self, step, timestep, {"latents": x}).get("latents", x)
+                bar.update()
+        source, target = x.chunk(2)
+        result = EditOutput(
+            images=self.decode_latents(target, output_type),
+            source=self.decode_latents(source, output_type),
+            blend_mask=None if masks.blend is None else masks.blend > 0,
+            variance_mask=None if masks.variance is None else masks.variance > 0,
+            word_maps=None if area is None else area.maps,
+        )
+        self.maybe_free_model_hooks()
+        return result if return_dict else tuple(result.values())
+
+    def _blend_tokens(self, blend_words: Any, sources: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
+        """The tokens of the words of each row, all sources, then all targets."""
+        pairs = len(targets)
+        if blend_words is None:
+            return [[] for _ in range(2 * pairs)]
+        # One pair of words for all, unless there is an entry for each; ("cat", "dog") is one.
+        alone = len(blend_words) == 2 and (pairs == 1 or any(isinstance(words, (str, int)) for words in blend_words))
+        each = [blend_words] * pairs if alone else blend_words
+        if len(each) != pairs:
+            raise ValueError(
+                f"blend_words is {blend_words!r}; give (source, target), or a list with one of that or None for each "
+                f"of the {pairs} pairs."
+            )
+        rows = []
+        for source, target, words in zip(sources, targets, each, strict=True):
+            named = words and [[entry] if isinstance(entry, int) else entry for entry in words]
+            found = self.word_tokens([source, target], named, "blend_words") if named else [[], []]
+            rows.append([[token for word in row for token in word] for row in found])
+        return [row[0] for row in rows] + [row[1] for row in rows]
+
+    def _image_embeds(
+        self,
+        images: Sequence[Any],
+        sources: Sequence[str],
+        targets: Sequence[str],
+        scale: float | None,
+        embeds: list[torch.Tensor] | None,
+        layout: Layout,
+    ) -> list[torch.Tensor] | None:
+        """``(4 * pairs, 1, D)`` for each adapter, or ``None`` where there is none."""
+        rows = 4 * len(targets)
+        if embeds is not None:
+            if any(len(x) != rows for x in embeds):
+                raise ValueError(
+                    f"ip_adapter_image_embeds have {[len(x) for x in embeds]} rows; give {rows} for each adapter: "
+                    "unconditional sources, unconditional targets, sources, targets."
+                )
+            return embeds
+        if not has_adapters(self.unet):
+            return None
+        if scale == 0:
+            return no_images(self.unet, rows)
+        return estimate_target_embeds(self, [self._picture(x) for x in images], sources, targets, layout)
+
+    def _picture(self, image: Any) -> Image.Image:
+        """What CLIP looks at: the whole picture."""
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        if isinstance(image, torch.Tensor) and image.shape[-3] == self.unet.config.in_channels:
+            raise ValueError(
+                "image is given as latents, which CLIP cannot look at; give the picture, or ip_adapter_image_embeds, "
+                "or ip_adapter_scale=0."
+            )
+        return self.image_processor.postprocess(self.image_processor.preprocess(image), "pil")[0]
+
+    def _text(
+        self, embeds: torch.Tensor | None, name: str, pairs: int, encoded: Callable[[], Conditioning]
+    ) -> Conditioning:
+        """Of all rows: what is given, or what is encoded."""
+        if embeds is None:
+            return encoded()
+        if len(embeds) != 2 * pairs:
+            raise ValueError(f"{name} have {len(embeds)} rows; give {2 * pairs}, all sources, then all targets.")
+        embeds = embeds.to(self._execution_device)
+        return replace(encoded(), embeds=embeds) if is_xl(self) else Conditioning(embeds)
+
+    def _latents(self, images: Sequence[Any], height: int | None, width: int | None) -> torch.Tensor:
+        """``(pairs, C, h, w)``; what goes with all pairs is encoded once."""
+        encoded = {id(image): self.encode_image(image, height, width) for image in images}
+        rows = [encoded[id(image)].reshape(-1, *encoded[id(image)].shape[-3:]) for image in images]
+        shapes = {tuple(row.shape) for row in rows}
+        if len(shapes) > 1 or len(rows[0]) != 1:
+            raise ValueError(
+                f"image has latents of the shapes {sorted(shapes)}; give height and width to bring pictures to one "
+                "size, and one picture for each pair."
+            )
+        return torch.cat(rows)
+
+    def _noise(self, latents: torch.Tensor | None, known: torch.Tensor, generator: Any) -> torch.Tensor:
+        if latents is None:
+            return randn_tensor(known.shape, generator, known.device, known.dtype)
+        if latents.shape[1:] != known.shape[1:] or len(latents) not in (1, len(known)):
+            raise ValueError(
+                f"latents have the shape {tuple(latents.shape)}; give the noise {(1, *known.shape[1:])}, or one for "
+                f"each of the {len(known)} pairs."
+            )
+        return latents.to(known).expand_as(known)
+
+
+def _paired(image: Any, source: str | Sequence[str], target: str | Sequence[str]) -> tuple[list, list[str], list[str]]:
+    """Pictures, source prompts and target prompts, as many of each."""
+    if isinstance(image, (list, tuple)):
+        images = list(image)
+    else:
+        images = list(image[:, None]) if getattr(image, "ndim", 0) == 4 else [image]
+    sources, targets = ([x] if isinstance(x, str) else list(x) for x in (source, target))
+    counts = {"image": len(images), "source_prompt": len(sources), "target_prompt": len(targets)}
+    pairs = max(counts.values())
+    if any(count not in (1, pairs) for count in counts.values()) or 0 in counts.values():
+        raise ValueError(f"there are {counts}; give as many of each, or one that goes with all.")
+    images, sources, targets = (x * pairs if len(x) == 1 else x for x in (images, sources, targets))
+    return images, sources, targets
+
+
+def _each(value: Any, pairs: int, name: str) -> list[Any]:
+    """What there is one of for all pairs, or a list of one for each."""
+    if not isinstance(value, list):
+        return [value] * pairs
+    if len(value) != pairs:
+        raise ValueError(f"{name} has {len(value)} entries for {pairs} pairs; give one for each, or one for all.")
+    return value
+
+
+def _check(blend: float, variance: float | None, start: float, mode: str) -> None:
+    for name, value in {"blend_threshold": blend, "variance_threshold": variance}.items():
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; give a part of a map's range, 0 to below 1.")
+    if not 0 <= start <= 1:
+        raise ValueError(f"mask_start is {start}; give a share of the steps, 0 to 1.")
+    if mode not in ("replace", "intersect"):
+        raise ValueError(f"edit_mask_mode is {mode!r}; give 'replace' or 'intersect'.")
