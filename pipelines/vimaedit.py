@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import (
+    AutoConfig,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -81,8 +82,9 @@ class ViMAEditPipeline(EditingPipeline):
         A ``scheduler`` without ``edit_step`` becomes an `EditDDIMScheduler`.
         """
         if not hasattr(scheduler, "edit_step"):
-            # As StableDiffusionPipeline does, and SDXL's does not: latents are no pixels, to be clipped.
-            scheduler = EditDDIMScheduler.from_config(scheduler.config, clip_sample=False, steps_offset=1)
+            # Latents are no pixels, to be clipped, and the last step ends at the picture itself.
+            changes = {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": True}
+            scheduler = EditDDIMScheduler.from_config(scheduler.config, **changes)
         super().__init__(
             vae,
             text_encoder,
@@ -105,8 +107,12 @@ class ViMAEditPipeline(EditingPipeline):
                 SDXL's ``vit-h`` ones. SDXL's others need none: it is the pipeline's second text encoder.
             options: of ``from_pretrained``.
         """
+        config = AutoConfig.from_pretrained(name, **options)
+        if hasattr(config, "text_config"):  # of the whole CLIP, whose halves do not know how wide its space is
+            width, config = config.projection_dim, config.text_config
+            config.projection_dim = width
         tokenizer = CLIPTokenizer.from_pretrained(name, **options)
-        encoder = CLIPTextModelWithProjection.from_pretrained(name, **options)
+        encoder = CLIPTextModelWithProjection.from_pretrained(name, config=config, **options)
         like = self.unet if self.image_encoder is None else self.image_encoder
         self.register_modules(
             guidance_text_encoder=encoder.to(self.unet.device, like.dtype).eval(), guidance_tokenizer=tokenizer
@@ -378,6 +384,7 @@ class ViMAEditPipeline(EditingPipeline):
 
     def _latents(self, images: Sequence[Any], height: int | None, width: int | None) -> torch.Tensor:
         """``(pairs, C, h, w)``; what goes with all pairs is encoded once."""
+        self.latent_size(height, width)  # refuses what a picture would be cut down from
         encoded = {id(image): self.encode_image(image, height, width) for image in images}
         rows = [encoded[id(image)].reshape(-1, *encoded[id(image)].shape[-3:]) for image in images]
         shapes = {tuple(row.shape) for row in rows}

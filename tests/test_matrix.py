@@ -162,15 +162,15 @@ def test_with_lora_weights_loaded_and_unloaded(name, tmp_path):
     close(tiny.run(pipe), reference(name))
 
 
-def ip_adapter(unet):
-    projections = {}
+def ip_adapter(unet, width=6):
+    projections, inner = {}, unet.config.cross_attention_dim
     for index, name in enumerate(unet.attn_processors):
         if "attn2" in name:
-            width = unet.get_submodule(name.rsplit(".", 1)[0]).to_q.weight.shape[0]
+            rows = unet.get_submodule(name.rsplit(".", 1)[0]).to_q.weight.shape[0]
             for kind in "kv":
-                projections[f"{index}.to_{kind}_ip.weight"] = noise(width, 12, seed=index) * 0.3
-    image = {"proj.weight": noise(4 * 12, 6), "proj.bias": noise(4 * 12)}
-    image |= {"norm.weight": torch.ones(12), "norm.bias": torch.zeros(12)}
+                projections[f"{index}.to_{kind}_ip.weight"] = noise(rows, inner, seed=index) * 0.3
+    image = {"proj.weight": noise(4 * inner, width), "proj.bias": noise(4 * inner)}
+    image |= {"norm.weight": torch.ones(inner), "norm.bias": torch.zeros(inner)}
     return {"image_proj": image, "ip_adapter": projections}
 
 

@@ -10,8 +10,11 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+# diffusers looks here for the kind of thing that a saved pipeline's scheduler is.
+__all__ = ["EditDDIMScheduler", "EditDPMSolverMultistepScheduler", "SchedulerMixin"]
 
 
 class EditDDIMScheduler(DDIMScheduler):
@@ -28,6 +31,7 @@ class EditDDIMScheduler(DDIMScheduler):
     """
 
     config: Any
+    num_inference_steps: Any
 
     @register_to_config
     def __init__(
