@@ -19,11 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import common
-from benchmarks.edit_scenes import KINDS_OF_EDIT, SceneEdit, scene_edits
 from benchmarks.oracle import SHAPES_SD, digest
 from benchmarks.pages import Section, add_report, finish, keep, resume, run, shared_arguments
 from diffusion_attn.editing.inversion import Inversion, ddim_invert, direct_inversion, dynamic_prompts, null_text
 from diffusion_attn.pipelines import DPLPipeline
+from diffusion_attn.shapes.edits import KINDS_OF_EDIT, SceneEdit, scene_edits
 from diffusion_attn.shapes.judging import judge
 from diffusion_attn.shapes.models import load_pipeline
 from diffusion_attn.shapes.oracle import read

@@ -95,8 +95,8 @@ def _text_encoder(pipe: Any) -> tuple[Any, Any]:
     """The text encoder of the adapter's CLIP; for SDXL's own adapters it is the second of the pipeline."""
     if pipe.image_encoder is None or pipe.feature_extractor is None:
         raise ValueError(
-            "image_encoder or feature_extractor is missing, which load_ip_adapter loads beside the adapter; make this "
-            "pipeline from one that has them, or give ip_adapter_image_embeds, or ip_adapter_scale=0."
+            "image_encoder or feature_extractor is missing, with which CLIP looks at the picture; call load_clip(), or "
+            "give ip_adapter_image_embeds, or ip_adapter_scale=0."
         )
     if pipe.guidance_text_encoder is not None:
         return pipe.guidance_text_encoder, pipe.guidance_tokenizer or pipe.tokenizer
@@ -105,7 +105,7 @@ def _text_encoder(pipe: Any) -> tuple[Any, Any]:
         return second, pipe.tokenizer_2
     raise ValueError(
         "an IP-Adapter is loaded, and the text encoder of its CLIP is not, which says what the edited picture would "
-        "look like; call load_guidance_encoder(), or give ip_adapter_image_embeds, or ip_adapter_scale=0."
+        "look like; call load_clip(), or give ip_adapter_image_embeds, or ip_adapter_scale=0."
     )
 
 

@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -99,24 +100,28 @@ class ViMAEditPipeline(EditingPipeline):
         )
         self.register_modules(guidance_text_encoder=guidance_text_encoder, guidance_tokenizer=guidance_tokenizer)
 
-    def load_guidance_encoder(self, name: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **options: Any) -> None:
-        """Load the text half of the CLIP whose image half the IP-Adapter reads.
+    def load_clip(self, name: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **options: Any) -> None:
+        """Load the CLIP whose pictures the IP-Adapter reads: its text half, and what else the pipeline has not.
 
         Args:
             name: folder or Hub id of the whole CLIP; the default is that of IP-Adapters for Stable Diffusion 1 and of
-                SDXL's ``vit-h`` ones. SDXL's others need none: it is the pipeline's second text encoder.
+                SDXL's ``vit-h`` ones. SDXL's others need none: its text half is the pipeline's second text encoder.
             options: of ``from_pretrained``.
         """
-        config = AutoConfig.from_pretrained(name, **options)
-        if hasattr(config, "text_config"):  # of the whole CLIP, whose halves do not know how wide its space is
-            width, config = config.projection_dim, config.text_config
-            config.projection_dim = width
+        whole = AutoConfig.from_pretrained(name, **options)
+        # Its halves do not always know how wide their common space is.
+        text, vision = whole.text_config, whole.vision_config
+        text.projection_dim = vision.projection_dim = whole.projection_dim
         tokenizer = CLIPTokenizer.from_pretrained(name, **options)
-        encoder = CLIPTextModelWithProjection.from_pretrained(name, config=config, **options)
-        like = self.unet if self.image_encoder is None else self.image_encoder
-        self.register_modules(
-            guidance_text_encoder=encoder.to(self.unet.device, like.dtype).eval(), guidance_tokenizer=tokenizer
-        )
+        place = {"device": self._execution_device, "dtype": self.unet.dtype}
+        encoder = CLIPTextModelWithProjection.from_pretrained(name, config=text, **options).to(**place).eval()
+        if self.image_encoder is None:
+            seeing = CLIPVisionModelWithProjection.from_pretrained(name, config=vision, **options)
+            self.register_modules(
+                image_encoder=seeing.to(**place).eval(),
+                feature_extractor=AutoImageProcessor.from_pretrained(name, **options),
+            )
+        self.register_modules(guidance_text_encoder=encoder, guidance_tokenizer=tokenizer)
 
     @torch.no_grad()
     def __call__(

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "metrics": {"metrics", "core.errors"},
     "processors": {"processors", "ops", "core"},
     "methods": {"methods", "processors", "ops", "core"},
-    "shapes": {"shapes", "core"},
+    "shapes": {"shapes", "core", "metrics.pie_bench"},
     "editing": {"editing", "processors", "core", "metrics.cost", "version"},
     "pipelines": {"pipelines", "editing", "core"},
     "distill": {"distill", "methods", "core", "shapes", "metrics"},
@@ -70,6 +70,7 @@ EXTRAS = {
     "kernels": {"triton"},
     "distill": {"prodigyopt", "datasets"},
     "metrics": {"torchmetrics"},
+    "pie_bench": {"torchmetrics"},
 }  # imported where they are installed
 OPTIONAL = (
     "triton",

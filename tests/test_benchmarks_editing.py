@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import editing
-from benchmarks.edit_scenes import KINDS_OF_EDIT, scene_edits
+from diffusion_attn.shapes.edits import KINDS_OF_EDIT, scene_edits
 from diffusion_attn.shapes.judging import judge
 from diffusion_attn.shapes.renderer import render
 

@@ -8,15 +8,16 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusion_attn.cli import files, models, oracle
+from diffusion_attn.cli import files, models, oracle, vimaedit
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.pictures import Cell, Row, fit_cell, labelled_grid
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
 from diffusion_attn.core.errors import UnsupportedModelError
 
-METHODS = ("p2p", "direct", "null-text", "dpl")
-_NULL = {"num_null_steps": 10, "null_start": "previous", "null_tolerance": 1e-5}
+METHODS = ("p2p", "direct", "null-text", "dpl", "vimaedit")
+_CROSS, _SELF = 0.8, 0.4
+NULL_TEXT: dict[str, Any] = {"num_null_steps": 10, "null_start": "previous", "null_tolerance": 1e-5}
 
 
 def add_arguments(parser: Any) -> None:
@@ -26,14 +27,24 @@ def add_arguments(parser: Any) -> None:
     add("image", type=str, help="the picture to edit")
     add("--source", type=str, required=True, metavar="PROMPT", help="describes the picture")
     add("--target", nargs="+", type=str, required=True, metavar="PROMPT", help="the edited prompt, or several")
-    add("--method", choices=METHODS, default="direct", help="how the picture is inverted before Prompt-to-Prompt")
+    add(
+        "--method",
+        choices=METHODS,
+        default="direct",
+        help="how the picture is inverted before Prompt-to-Prompt, or ViMAEdit, which needs no inversion",
+    )
     add("--words", nargs="+", type=str, metavar="WORD", help="with dpl: the nouns of --source to learn")
     add(
         "--blend", nargs=2, type=str, metavar="WORD", help="change only where these words of source and target are seen"
     )
     add("--weights", nargs="+", type=str, metavar="WORD=FACTOR", help="multiply the attention to words of the target")
-    add("--cross", type=float, default=0.8, help="share of the steps in which words take the source's attention")
-    add("--self", type=float, default=0.4, help="the same for self-attention, which holds the layout")
+    own = f"by default {_CROSS}, with vimaedit {vimaedit.CROSS}"
+    add("--cross", type=float, help=f"share of the steps in which words take the source's attention, {own}")
+    own = f"by default {_SELF}, with vimaedit {vimaedit.SELF}"
+    add("--self", type=float, help=f"the same for self-attention, which holds the layout, {own}")
+    add("--mask", type=str, metavar="FILE", help="with vimaedit: a picture, white where it may change")
+    add("--seed", type=int, default=0, help="with vimaedit: of its noise")
+    vimaedit.add_arguments(parser)
     add("--inversion", type=str, metavar="FILE", help="use this inversion; made there first if it is not there")
     add("--output", type=str, default="outputs", metavar="DIR", help="folder of the pictures")
     add_model_arguments(parser)
@@ -51,12 +62,13 @@ def run(args: Any) -> int:
     """
     weights = _weights(args)
     _check_words(args, weights)
-    check_numbers(args, {"steps": 1, "guidance": 0, "cross": 0, "self": 0})
+    check_numbers(args, {"steps": 1, "guidance": 0, "cross": 0, "self": 0, "seed": 0, "ip_scale": 0})
     for name in ("cross", "self"):
-        if args[name] > 1:
+        if (args[name] or 0) > 1:
             raise CommandError(f"--{name} {args[name]}: expected a share of the steps, 0 to 1.")
     size = None if args.size is None else parse_size(args.size)
     image = _open(args.image)
+    mask = None if args.mask is None else _open(args.mask)
     device = pick_device(args.device)
     models.check_model(args.model)
     output = Path(args.output).expanduser()
@@ -64,8 +76,6 @@ def run(args: Any) -> int:
     if args.inversion is not None:
         files.prepare_folder(Path(args.inversion).expanduser().parent, "--inversion in")
     with silence(args.quiet):
-        from diffusion_attn.pipelines import DPLPipeline  # loads diffusers, which has things to say
-
         stock = models.load_model(args.model, pick_dtype(args.dtype, device), device)
         if getattr(stock, "unet", None) is None:
             raise UnsupportedModelError(
@@ -75,8 +85,8 @@ def run(args: Any) -> int:
         size = size or models.native_size(stock)
         models.check_size(stock, size)
         stock.set_progress_bar_config(disable=args.quiet)
-        pipe = DPLPipeline.from_pipe(stock)
-        image = ImageOps.fit(image, size)
+        direct = args.method == "vimaedit"
+        image, mask = ImageOps.fit(image, size), mask and ImageOps.fit(mask, size)
         settings = {
             "image": args.image,
             "source": args.source,
@@ -86,27 +96,22 @@ def run(args: Any) -> int:
             "size": list(size),
             "steps": args.steps or models.default_steps(stock, args.model),
             "guidance": models.guidance_of(stock, args.model, args.guidance),
-            "cross": args.cross,
-            "self": args["self"],
+            "cross": _given(args.cross, vimaedit.CROSS if direct else _CROSS),
+            "self": _given(args["self"], vimaedit.SELF if direct else _SELF),
             "blend": args.blend,
             "weights": weights,
         }
-        inversion = _invert(pipe, image, args, settings)
-        result = pipe(
-            target_prompt=args.target,
-            inversion=inversion,
-            guidance_scale=settings["guidance"],
-            cross_replace_steps=args.cross,
-            self_replace_steps=args["self"],
-            word_weights=weights,
-            blend_words=args.blend and [args.blend[0], *[args.blend[1]] * len(args.target)],
-        )
-    [reconstruction] = result.source
+        if direct:
+            settings |= {"seed": args.seed, "mask": args.mask, "ip_scale": args.ip_scale}
+            result, cost = _edit_directly(stock, image, mask, args, settings)
+        else:
+            result, cost = _edit_inverted(stock, image, args, settings)
+    reconstruction = result.source[0]
     columns, cells = ["picture", "reconstruction"], [Cell(fit_cell(image), ()), Cell(fit_cell(reconstruction), ())]
     for index, (prompt, edited) in enumerate(zip(args.target, result.images, strict=True)):
         name = f"{index:04d}-{files.slug(prompt)}-{args.method}"
         judged = oracle.consult(edited, prompt)
-        record = {"file": f"{name}.png", **settings, "target": prompt, "cost": inversion.cost, "oracle": judged}
+        record = {"file": f"{name}.png", **settings, "target": prompt, "cost": cost, "oracle": judged}
         files.save_json(output / f"{name}.json", record)
         files.save_png(output / f"{name}.png", edited, record)
         columns.append(prompt)
@@ -116,6 +121,58 @@ def run(args: Any) -> int:
     grid = labelled_grid(columns, [Row(f"{args.source} ({args.method})", tuple(cells))])
     files.save_png(output / f"comparison-{args.method}.png", grid, settings)
     return 0
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _edit_inverted(stock: Any, image: Image.Image, args: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """The edits by Prompt-to-Prompt, and what the inversion has cost."""
+    from diffusion_attn.pipelines import DPLPipeline
+
+    pipe = DPLPipeline.from_pipe(stock)
+    inversion = _invert(pipe, image, args, settings)
+    result = pipe(
+        target_prompt=args.target,
+        inversion=inversion,
+        guidance_scale=settings["guidance"],
+        cross_replace_steps=settings["cross"],
+        self_replace_steps=settings["self"],
+        word_weights=settings["weights"],
+        blend_words=args.blend and [args.blend[0], *[args.blend[1]] * len(args.target)],
+    )
+    return result, inversion.cost
+
+
+def _edit_directly(
+    stock: Any, image: Image.Image, mask: Image.Image | None, args: Any, settings: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The edits by ViMAEdit, whose only cost is their own."""
+    import torch
+
+    pipe = vimaedit.load(stock, args)
+    result = pipe(
+        image,
+        args.source,
+        args.target,
+        args.blend and tuple(args.blend),
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance"],
+        cross_replace_steps=settings["cross"],
+        self_replace_steps=settings["self"],
+        word_weights=[_of_words(settings["weights"], target) for target in args.target],
+        ip_adapter_scale=args.ip_scale,
+        edit_mask=mask,
+        # One of its own for each, so that an edit does not depend on what else is asked for.
+        generator=[torch.Generator().manual_seed(args.seed) for _ in args.target],
+    )
+    return result, {}
+
+
+def _of_words(weights: dict[str, float] | None, target: str) -> dict[str, float] | None:
+    """The weights of the words that ``target`` has."""
+    return {word: factor for word, factor in (weights or {}).items() if word in target.split(" ")} or None
 
 
 def _invert(pipe: Any, image: Image.Image, args: Any, settings: dict[str, Any]) -> Any:
@@ -129,7 +186,7 @@ def _invert(pipe: Any, image: Image.Image, args: Any, settings: dict[str, Any]) 
     )
 
     path = None if args.inversion is None else Path(args.inversion).expanduser()
-    options = {**_NULL, "guidance_scale": settings["guidance"], "checkpoint": path}
+    options = {**NULL_TEXT, "guidance_scale": settings["guidance"], "checkpoint": path}
     made = {name: settings[name] for name in ("source", "method", "words", "size", "steps", "guidance")}
     made["pixels"] = hashlib.sha256(image.tobytes()).hexdigest()[:16]
     if path is not None and path.is_file():
@@ -201,6 +258,11 @@ def _check_words(args: Any, weights: dict[str, float] | None) -> None:
         raise CommandError("--method dpl learns the nouns of --source; name them with --words.")
     if args.method != "dpl" and args.words:
         raise CommandError(f"--words is for --method dpl, and --method is {args.method}; leave one of them out.")
+    inverting = {"--inversion": args.inversion}
+    direct = {"--mask": args.mask, "--ip-adapter": args.ip_adapter, "--ip-clip": args.ip_clip}
+    for option, value in (inverting if args.method == "vimaedit" else direct).items():
+        if value is not None:
+            raise CommandError(f"{option} {value!r} is not for --method {args.method}; leave one of them out.")
     asked = [("--words", word, [args.source]) for word in args.words or ()]
     asked += [("--weights", word, args.target) for word in weights or ()]
     if args.blend:

@@ -57,7 +57,11 @@ def save_png(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
 
 def save_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    save_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8."""
     _write(path, lambda file: file.write(text.encode()))
 
 

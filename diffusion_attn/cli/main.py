@@ -8,7 +8,17 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from diffusion_attn.cli import attention_map, cache, distill, edit, evaluate, generate, info, make_data
+from diffusion_attn.cli import (
+    attention_map,
+    cache,
+    distill,
+    edit,
+    evaluate,
+    evaluate_pie_bench,
+    generate,
+    info,
+    make_data,
+)
 from diffusion_attn.cli.errors import sentence
 from diffusion_attn.version import __version__
 
@@ -21,6 +31,7 @@ COMMANDS = {
     "distill-make-data": make_data,
     "distill-cache": cache,
     "evaluate": evaluate,
+    "evaluate-pie-bench": evaluate_pie_bench,
     "info": info,
 }
 """The subcommands: modules with ``add_arguments(parser)`` and ``run(args) -> exit code``."""

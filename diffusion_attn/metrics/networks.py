@@ -32,9 +32,9 @@ class ClipScorer:
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        self.model: Any = _load(CLIPModel, name, "CLIP model").to(device).eval()
-        self.processor = _load(AutoImageProcessor, name, "CLIP model")
-        self.tokenizer = _load(AutoTokenizer, name, "CLIP model")
+        self.model: Any = load(CLIPModel, name, "CLIP model").to(device).eval()
+        self.processor = load(AutoImageProcessor, name, "CLIP model")
+        self.tokenizer = load(AutoTokenizer, name, "CLIP model")
 
     @torch.no_grad()
     def __call__(self, images: Pictures, prompts: Sequence[str]) -> list[float]:
@@ -77,8 +77,8 @@ class FrechetScorer:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from transformers import AutoImageProcessor, AutoModel
 
-        processor = _load(AutoImageProcessor, name, "vision model")
-        model: Any = _load(AutoModel, name, "vision model").to(device).eval()
+        processor = load(AutoImageProcessor, name, "vision model")
+        model: Any = load(AutoModel, name, "vision model").to(device).eval()
         features = _Features(model, processor)
         try:
             features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
@@ -124,7 +124,12 @@ class _Features(nn.Module):
         return features
 
 
-def _load(kind: Any, name: str, what: str) -> Any:
+def load(kind: Any, name: str, what: str) -> Any:
+    """``kind.from_pretrained`` of a folder or a Hub id, which is ``what``.
+
+    Raises:
+        DiffusionAttnError: it cannot be loaded.
+    """
     path = Path(name).expanduser()
     try:
         return kind.from_pretrained(path if path.is_dir() else name)

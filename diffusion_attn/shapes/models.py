@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "models"
+CLIP = FOLDER / "shapes-clip"
+"""A CLIP for pictures of shapes, of transformers."""
+IP_ADAPTER = "ip-adapter_shapes-sd.safetensors"
+"""The file beside it by which shapes-sd is told of a picture, for ``load_ip_adapter``."""
 
 
 def available() -> list[str]:

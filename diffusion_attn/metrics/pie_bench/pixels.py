@@ -1,4 +1,4 @@
-"""The numbers of PIE-Bench: what an edit has kept and changed, with masks of the edited part.
+"""Numbers of PIE-Bench that need no network: how much of a picture has stayed, with masks of the edited part.
 
 Source: Direct Inversion, section 5 and its code (arXiv 2310.01506). Similarities are computed by torchmetrics
 (pip install diffusion-attn[metrics]).
@@ -6,35 +6,11 @@ Source: Direct Inversion, section 5 and its code (arXiv 2310.01506). Similaritie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
 _BORDER = 5
-
-
-def decode_mask(code: Sequence[int], size: tuple[int, int] = (512, 512), border: bool = True) -> torch.Tensor:
-    """The edited part of a picture, ``size``-shaped float32, 1 where it is edited.
-
-    Args:
-        code: ``[start, length, start, length, ...]`` over the picture row by row; runs end with the picture.
-        size: ``(height, width)``.
-        border: the outermost pixels count as edited, as they are often badly annotated.
-
-    Raises:
-        ValueError: a start has no length, or a number is negative.
-    """
-    if len(code) % 2 or any(number < 0 for number in code):
-        raise ValueError(f"code has {len(code)} numbers; give pairs of a start and a length, none of them negative.")
-    flat = torch.zeros(size[0] * size[1])
-    for start, length in zip(code[::2], code[1::2], strict=True):
-        flat[start : start + length] = 1
-    mask = flat.view(size)
-    if border:
-        mask[[0, -1]] = 1
-        mask[:, [0, -1]] = 1
-    return mask
 
 
 def psnr(image: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None = None) -> float:
@@ -72,16 +48,6 @@ def ssim(image: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
         return full[..., _BORDER:-_BORDER, _BORDER:-_BORDER].mean()
 
     return _masked(inner, image, reference, mask)
-
-
-def self_similarity(keys: torch.Tensor) -> torch.Tensor:
-    """The cosines ``(M, M)`` of all pairs of keys ``(M, D)``, heads side by side, of an image transformer's last layer.
-
-    The structure distance is the mean squared difference of two such matrices. Source: Splicing ViT Features, section
-    3.2; arXiv 2201.00424.
-    """
-    keys = torch.nn.functional.normalize(keys.float(), dim=-1, eps=1e-8)
-    return keys @ keys.T
 
 
 def _masked(metric: Any, image: torch.Tensor, reference: torch.Tensor, mask: Any, **options: Any) -> float:

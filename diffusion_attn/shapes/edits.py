@@ -1,12 +1,16 @@
-"""A fixed set of edits of drawn scenes, each with what must come out and where the picture may change."""
+"""Edits of drawn scenes, each with what must come out and where the picture may change; also laid out as PIE-Bench."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 
 from diffusion_attn.shapes.captions import caption
@@ -14,6 +18,7 @@ from diffusion_attn.shapes.renderer import coverage, render
 from diffusion_attn.shapes.scenes import COLORS, KINDS, Scene, Shape, sample_scene
 
 KINDS_OF_EDIT = ("swap", "recolour", "insert", "reweight")
+_PIE_KINDS = {"swap": "1", "insert": "2", "recolour": "6"}
 _MARGIN = 3  # pixels around an object at 64 that count as it: anti-aliasing, and what the autoencoder smears
 
 
@@ -59,12 +64,16 @@ class SceneEdit:
         """``(objects, size, size)`` bool: where each object of the source is."""
         return np.stack([_covered(shape, size) for shape in self.source.shapes])
 
+    def changing(self, size: int) -> np.ndarray:
+        """``(size, size)`` bool: what the object covers before and after, or all but the old object for insertions."""
+        if self.kind == "insert":
+            return ~_covered(self.source.shapes[0], size)
+        return np.logical_or.reduce([_covered(x.shapes[self.object], size) for x in (self.source, self.target)])
+
     def editable(self, size: int) -> np.ndarray:
         """``(size, size)`` bool: where the picture may change, with a margin; all but the old object for insertions."""
-        if self.kind == "insert":
-            return ~_grown(_covered(self.source.shapes[0], size))
-        scenes = (self.source, self.target)
-        return _grown(np.logical_or.reduce([_covered(scene.shapes[self.object], size) for scene in scenes]))
+        changing = self.changing(size)
+        return ~_grown(~changing) if self.kind == "insert" else _grown(changing)
 
 
 def scene_edits(count: int, seed: int = 0) -> Iterator[SceneEdit]:
@@ -73,6 +82,43 @@ def scene_edits(count: int, seed: int = 0) -> Iterator[SceneEdit]:
     for index in range(count):
         kind = KINDS_OF_EDIT[index % len(KINDS_OF_EDIT)]
         yield _draw(rng, kind, 2 if kind == "insert" else 1 + index // len(KINDS_OF_EDIT) % 2)
+
+
+def write_edits(folder: str | Path, count: int = 60, seed: int = 0, size: int = 64) -> None:
+    """Write edits as a folder that is laid out like PIE-Bench: ``mapping_file.json`` and ``annotation_images``.
+
+    Swaps, recolourings and insertions, `scene_edits` without what weighs words. Masks are exact: what the object covers
+    before and after, or for insertions all but the object that is there. Insertions have no ``blended_word``.
+
+    Args:
+        folder: made if it is not there.
+        count: how many.
+        seed: of the edits.
+        size: of the pictures, in pixels.
+    """
+    from diffusion_attn.metrics.pie_bench.items import MAPPING, PICTURES, encode_mask
+
+    pictures = Path(folder) / PICTURES
+    pictures.mkdir(parents=True, exist_ok=True)
+    drawn = (edit for edit in scene_edits(2 * count, seed) if edit.kind in _PIE_KINDS)
+    mapping = {}
+    for index, edit in enumerate(islice(drawn, count)):
+        name = f"{index:012d}"
+        edit.image(size).save(pictures / f"{name}.png")
+        source, target = edit.prompts
+        before, after = edit.blend_words
+        mapping[name] = {
+            "image_path": f"{name}.png",
+            "original_prompt": source,
+            "editing_prompt": target,
+            "editing_instruction": f"{edit.kind}: {source} -> {target}",
+            "editing_type_id": _PIE_KINDS[edit.kind],
+            "blended_word": "" if edit.kind == "insert" else f"{before[0]} {after[0]}",
+            "mask": encode_mask(torch.from_numpy(edit.changing(size))),
+        }
+    temporary = Path(folder) / f".{MAPPING}.part"
+    temporary.write_text(json.dumps(mapping, indent=1), encoding="utf-8")
+    temporary.replace(Path(folder) / MAPPING)
 
 
 def _draw(rng: random.Random, kind: str, objects: int) -> SceneEdit:
