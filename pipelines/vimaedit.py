@@ -24,7 +24,7 @@ from diffusion_attn.core.unet_layout import Size
 from diffusion_attn.editing.attention import AttentionControl
 from diffusion_attn.editing.controls import PromptEdit
 from diffusion_attn.editing.edit_area import EditArea
-from diffusion_attn.editing.layers import reduced, size_of
+from diffusion_attn.editing.layers import map_grid, reduced, size_of
 from diffusion_attn.editing.network import Network
 from diffusion_attn.editing.prompts import ReplaceSteps, Window
 from diffusion_attn.editing.schedulers import EditDDIMScheduler
@@ -195,7 +195,8 @@ class ViMAEditPipeline(EditingPipeline):
             grounding_iterations, grounding_gamma: how far word maps are spread, as in
                 `diffusion_attn.editing.grounding.propagate`.
             mask_start: the share of the steps before which masks are not used.
-            map_size: ``(height, width)`` of the maps that words are spread on; ``None``: half the latent's.
+            map_size: ``(height, width)`` of the maps that words are looked for in; ``None``: a quarter of the latent's.
+                They are spread on the next finer level.
             edit_mask: where the picture may change: a PIL picture, an array or a tensor of its size or the latent's,
                 ``(h, w)`` or ``(1 or pairs, 1, h, w)``, bool or 0 to 1 for how much.
             edit_mask_mode: it is taken instead of what the words ground, or cut out of that.
@@ -270,8 +271,9 @@ class ViMAEditPipeline(EditingPipeline):
         painted = None if edit_mask is None else painted_mask(edit_mask, size, pairs).to(known.device)
         area = None
         if any(tokens) and (painted is None or edit_mask_mode == "intersect"):
-            grid = (map_size, map_size) if isinstance(map_size, int) else map_size
-            area = EditArea(tokens, grid or half, grounding_gamma, grounding_iterations)
+            words = map_grid(size, map_size)
+            finer = [level for level in (half, size) if level[0] > words[0]]  # the next one
+            area = EditArea(tokens, words, [*finer, words][0], grounding_gamma, grounding_iterations)
         masks = EditMasks(area, painted, tokens[:pairs], (blend_threshold, variance_threshold), known)
         control = AttentionControl(size, edits, area.recorders if area else [], rows=2 * pairs)
         network = Network(self, size)

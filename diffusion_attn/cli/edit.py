@@ -37,6 +37,7 @@ def add_arguments(parser: Any) -> None:
     add(
         "--blend", nargs=2, type=str, metavar="WORD", help="change only where these words of source and target are seen"
     )
+    models.add_word_maps_argument(parser)
     add("--weights", nargs="+", type=str, metavar="WORD=FACTOR", help="multiply the attention to words of the target")
     own = f"by default {_CROSS}, with vimaedit {vimaedit.CROSS}"
     add("--cross", type=float, help=f"share of the steps in which words take the source's attention, {own}")
@@ -99,6 +100,7 @@ def run(args: Any) -> int:
             "cross": _given(args.cross, vimaedit.CROSS if direct else _CROSS),
             "self": _given(args["self"], vimaedit.SELF if direct else _SELF),
             "blend": args.blend,
+            "maps": list(models.word_maps_of(stock, args.model, size, args.maps)),
             "weights": weights,
         }
         if direct:
@@ -140,6 +142,7 @@ def _edit_inverted(stock: Any, image: Image.Image, args: Any, settings: dict[str
         cross_replace_steps=settings["cross"],
         self_replace_steps=settings["self"],
         word_weights=settings["weights"],
+        map_size=settings["maps"],
         blend_words=args.blend and [args.blend[0], *[args.blend[1]] * len(args.target)],
     )
     return result, inversion.cost
@@ -162,6 +165,7 @@ def _edit_directly(
         cross_replace_steps=settings["cross"],
         self_replace_steps=settings["self"],
         word_weights=[_of_words(settings["weights"], target) for target in args.target],
+        map_size=settings["maps"],
         ip_adapter_scale=args.ip_scale,
         edit_mask=mask,
         # One of its own for each, so that an edit does not depend on what else is asked for.

@@ -51,6 +51,7 @@ def add_arguments(parser: Any) -> None:
     add("--guidance", type=float, help="guidance scale; by default what the model recommends")
     add("--cross", type=float, default=vimaedit.CROSS, help="share of the steps in which words take the source's maps")
     add("--self", type=float, default=vimaedit.SELF, help="the same for self-attention")
+    models.add_word_maps_argument(parser)
     add("--seed", type=int, default=_SEED, help="of vimaedit's noise")
     add("--size", type=str, metavar="N|WxH", help="pixels that pictures are edited at; by default the native size")
     vimaedit.add_arguments(parser)
@@ -99,6 +100,7 @@ def run(args: Any) -> int:
             "size": list(size),
             "steps": args.steps or models.default_steps(stock, args.model),
             "guidance": models.guidance_of(stock, args.model, args.guidance),
+            "maps": list(models.word_maps_of(stock, args.model, size, args.maps)),
             "networks": {"clip": args.clip, "dino": args.dino, "lpips": args.lpips},
             **{name: args[name] for name in ("cross", "self", "seed", "jpeg", "ip_adapter", "ip_scale", "ip_clip")},
         }
@@ -171,6 +173,7 @@ class _Editors:
             cross_replace_steps=self.settings["cross"],
             self_replace_steps=self.settings["self"],
             ip_adapter_scale=self.settings["ip_scale"],
+            map_size=self.settings["maps"],
             generator=torch.Generator().manual_seed(self.settings["seed"]),
         )
 
@@ -194,6 +197,7 @@ class _Editors:
             cross_replace_steps=self.settings["cross"],
             self_replace_steps=self.settings["self"],
             blend_words=item.blend_words,
+            map_size=self.settings["maps"],
         )
 
     def _pipe(self, name: str) -> Any:

@@ -92,6 +92,17 @@ def load_model(model: str, dtype: Any, device: Any, option: str = "--model") -> 
     return pipe
 
 
+def add_word_maps_argument(parser: Any) -> None:
+    """Add where words are looked for."""
+    parser.add_argument(
+        "--maps",
+        type=int,
+        choices=(1, 2, 4, 8),
+        metavar="N",
+        help="words are looked for in attention N times smaller than the latent; by default 4, for shapes-sd 1",
+    )
+
+
 def show_everything(pipe: Any) -> None:
     """Take off a pipeline's safety checker: the black pictures it gives are no data to learn or measure from."""
     if getattr(pipe, "safety_checker", None) is not None:
@@ -137,6 +148,19 @@ def check_size(pipe: Any, size: Size) -> None:
 def default_steps(pipe: Any, model: str) -> int:
     """Steps of a run unless ``--steps`` says otherwise: the pipeline's own default, fewer for embedded models."""
     return _EMBEDDED_STEPS if _is_embedded(model) else _parameters(pipe)["num_inference_steps"].default
+
+
+def word_maps_of(pipe: Any, model: str, size: Size, factor: int | None) -> Size:
+    """``(height, width)`` of the maps in which words are looked for, in a picture of ``size`` ``(width, height)``.
+
+    Args:
+        factor: by how much each side is smaller than the latent's; ``None``: 4, but for embedded models, whose words
+            look at single cells of the finest level, 1.
+    """
+    from diffusion_attn.editing.layers import reduced
+
+    width, height = (side // pipe.vae_scale_factor for side in size)
+    return reduced((height, width), factor or (1 if _is_embedded(model) else 4))
 
 
 def guidance_of(pipe: Any, model: str, asked: float | None) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from diffusion_attn.core.unet_layout import Size, halve
+from diffusion_attn.core.unet_layout import Size
 from diffusion_attn.editing.attention import MapRecorder
 from diffusion_attn.editing.grounding import propagate, union_mask
 
@@ -20,7 +20,8 @@ class EditArea:
 
     Args:
         tokens: of the words of each row, all sources, then all targets; empty for pairs that have none.
-        size: ``(height, width)`` of the self-attention that words are spread by; their own is half as fine.
+        words: ``(height, width)`` of the cross-attention that words are looked for in.
+        size: ``(height, width)`` of the self-attention that they are spread by.
         gamma, iterations: as in `propagate`.
 
     Attributes:
@@ -28,9 +29,9 @@ class EditArea:
         maps: ``(rows, 1, height, width)`` float32, the sum of the steps so far.
     """
 
-    def __init__(self, tokens: Sequence[list[int]], size: Size, gamma: float, iterations: int) -> None:
+    def __init__(self, tokens: Sequence[list[int]], words: Size, size: Size, gamma: float, iterations: int) -> None:
         self.tokens, self.size, self.gamma, self.iterations = tokens, size, gamma, iterations
-        self._words = MapRecorder("cross", halve(size))
+        self._words = MapRecorder("cross", words)
         self._affinity = MapRecorder("self", size) if iterations and gamma < 1 else None
         self.maps: torch.Tensor | None = None
 

@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion_attn import shapes
 from diffusion_attn.cli.main import main
 from diffusion_attn.editing.inversion import Inversion
+from diffusion_attn.pipelines import PromptToPromptPipeline
 from tests import tiny
 
 SOURCE = "a red star above a blue ring on a white background"
@@ -157,3 +158,50 @@ def test_the_embedded_model_swaps_a_shape_and_keeps_the_rest(photo, tmp_path):
     ring = np.s_[36:, :]
     difference = pixels(path)[ring].astype(float) - pixels(photo)[ring]
     assert (difference**2).mean() < 0.004 * 255**2
+
+
+# ---- ViMAEdit
+
+
+def test_vimaedit_needs_no_inversion_and_edits_do_not_know_each_other(edit, tmp_path):
+    targets = (TARGET, SOURCE.replace("blue", "large blue"))
+    out = tmp_path / "out"
+    assert edit("--method", "vimaedit", "--seed", 3, target=targets) == 0
+    together = [pixels(path) for path in sorted(out.glob("0*.png"))]
+    record = json.loads(sorted(out.glob("0*.json"))[0].read_text())
+    assert (record["method"], record["cross"], record["self"], record["cost"]) == ("vimaedit", 0.4, 0.6, {})
+    for path in out.iterdir():
+        path.unlink()
+    assert edit("--method", "vimaedit", "--seed", 3, target=targets[1:]) == 0
+    [alone] = out.glob("0*.png")
+    assert abs(pixels(alone).astype(int) - together[1]).max() <= 1
+
+
+def test_outside_of_a_mask_the_picture_stays_what_the_autoencoder_makes_of_it(photo, tmp_path):
+    mask = np.repeat(np.uint8([[255] * 32 + [0] * 32]), 64, 0).T
+    Image.fromarray(mask).save(tmp_path / "mask.png")  # where the star is
+    target = SOURCE.replace("red star", "green square").replace("ring", "circle")
+    args = ["--method", "vimaedit", "--mask", str(tmp_path / "mask.png"), "--ip-scale", "0", "--steps", "8"]
+    args += ["--cross", "0", "--self", "0", "--output", str(tmp_path / "out"), "--device", "cpu", "--quiet"]
+    assert main(["edit", photo, "--source", SOURCE, "--target", target, *args]) == 0
+    edited = pixels(next((tmp_path / "out").glob("0*.png"))).astype(int)
+    pipe = PromptToPromptPipeline.from_pipe(shapes.load_pipeline())
+    plain = np.asarray(pipe.decode_latents(pipe.encode_image(Image.open(photo)), "pil")[0]).astype(int)
+    changed = abs(edited - plain).mean((1, 2))  # of each row
+    assert changed[44:].max() < 4 and changed[16:30].min() > 20
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--method", "vimaedit", "--inversion", "x"), "--inversion 'x' is not for --method vimaedit"),
+        (("--mask", "PHOTO"), "is not for --method direct"),
+        (("--method", "vimaedit", "--mask", "/nowhere"), "'/nowhere' was not found"),
+        (("--method", "vimaedit", "--ip-adapter", "nowhere"), "OWNER/NAME/FOLDER/FILE.safetensors"),
+        (("--method", "vimaedit", "--ip-adapter", "PHOTO"), "could not be loaded"),
+        (("--method", "vimaedit", "--blend", "star", "lion"), "--blend 'lion' is not a word"),
+    ],
+)
+def test_what_does_not_go_with_vimaedit_is_refused(edit, photo, capsys, args, message):
+    assert edit(*(photo if arg == "PHOTO" else arg for arg in args)) == 2
+    assert message in capsys.readouterr().err
