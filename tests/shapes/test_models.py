@@ -106,3 +106,42 @@ def test_the_flux_model_is_stock_and_draws_what_is_asked():
     ).images
     score = da.shapes.score(images, prompts)
     assert score.exact >= 3 / 8 and score.background >= 0.9 and score.wrong_color <= 1  # the card: 0.745, 1, 0
+
+
+def test_so_does_its_student_with_local_attention():
+    """`shapes-clear`, found by the model's structure and by name, near its teacher where the rule alone is not."""
+    pipe = da.shapes.load_pipeline("shapes-flux")
+    clear = da.Clear.for_pipeline(pipe)
+    named = da.Clear.from_pretrained("shapes-clear")
+    assert clear.radius == named.radius == 8 and "shapes-clear" in clear.source
+    assert all(torch.equal(x, named.state_dict()[name]) for name, x in clear.state_dict().items())
+    errors = {}
+    generator = torch.Generator().manual_seed(0)
+    scenes = list(da.shapes.sample_scenes(8, seed=98, held_out=True))
+    pixels = torch.stack([torch.from_numpy(np.array(da.shapes.render(scene, 128))) for scene in scenes])
+    with torch.no_grad():
+        clean = pipe.vae.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
+        clean = pipe._pack_latents(
+            (clean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor, 8, *clean.shape[1:]
+        )
+        text, pooled, text_ids = pipe.encode_prompt(
+            [da.shapes.caption(scene) for scene in scenes], None, max_sequence_length=pipe.tokenizer_2.model_max_length
+        )
+        noise = torch.randn(clean.shape, generator=generator)
+
+        def predict():
+            return pipe.transformer(
+                0.3 * clean + 0.7 * noise,
+                encoder_hidden_states=text,
+                pooled_projections=pooled,
+                timestep=torch.full((8,), 0.7),
+                img_ids=pipe._prepare_latent_image_ids(8, 16, 16, "cpu", torch.float32),
+                txt_ids=text_ids,
+                return_dict=False,
+            )[0]
+
+        teacher = predict()
+        for name, method in {"student": clear, "rule": da.Clear(radius=8)}.items():
+            with da.using(pipe, method):
+                errors[name] = float((predict() - teacher).square().mean())
+    assert errors["student"] < errors["rule"] / 3, errors

@@ -129,7 +129,7 @@ class Clear:
 
         Args:
             pipe: a pipeline or transformer.
-            radius: as published; by default 16 for FLUX.1.
+            radius: as published; by default 16 for FLUX.1, and 8 for the embedded shapes-flux.
             down_factor: as published.
             options: as for `from_pretrained`.
 
@@ -262,6 +262,7 @@ class Clear:
 
 BASES: dict[tuple[Any, ...], tuple[str, int]] = {
     (19, 38, 24): ("Huage001/CLEAR", 16),
+    (3, 6, 6): ("shapes-clear", 8),
 }
 """Published weights and their usual radius by (double, single) layers and heads."""
 
