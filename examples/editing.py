@@ -12,6 +12,7 @@ import torch
 
 import diffusion_attn as da
 from diffusion_attn.editing.inversion import ddim_invert, direct_inversion
+from diffusion_attn.shapes.models import CLIP, IP_ADAPTER
 
 SOURCE = "a large red star above a blue ring on a white background"
 TARGET = "a large red square above a blue ring on a white background"
@@ -63,6 +64,23 @@ def main() -> None:
     inversion.attention_maps(dpl).grid(over=picture).save(args.output / "learned-maps.png")
     edited = dpl(target_prompt=TARGET, inversion=inversion, guidance_scale=3.0, **WINDOWS)
     edited.images[0].save(args.output / "dpl-square.png")
+
+    # ViMAEdit needs no inversion; its image adapter is told what the edited picture should look like.
+    pipe.load_ip_adapter(CLIP, subfolder="", weight_name=IP_ADAPTER, image_encoder_folder=None)
+    vima = da.pipelines.ViMAEditPipeline.from_pipe(pipe)
+    vima.load_clip(CLIP)
+    output = vima(
+        picture,
+        SOURCE,
+        TARGET,
+        blend_words=("star", "square"),
+        guidance_scale=3.0,
+        map_size=16,
+        generator=torch.Generator().manual_seed(0),
+        **steps,
+        **WINDOWS,
+    )
+    output.images[0].save(args.output / "vimaedit-square.png")
     print(*sorted(args.output.iterdir()), sep="\n")
 
 

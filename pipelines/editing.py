@@ -73,7 +73,7 @@ class EditingPipeline(DiffusionPipeline):
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self.vae_scale_factor = scale_of(self)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **components: Any) -> Any:

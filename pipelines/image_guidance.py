@@ -44,9 +44,20 @@ def no_images(unet: Any, rows: int) -> list[torch.Tensor]:
     """Embeddings ``(rows, 1, D)`` for adapters whose scale is 0.
 
     Raises:
-        UnsupportedModelError: an adapter is of a kind that reads patches of a picture.
+        UnsupportedModelError: an adapter is of an unknown kind.
     """
-    return [torch.zeros(rows, 1, width) for width in _widths(unet)]
+    zeros = []
+    for projection in unet.encoder_hid_proj.image_projection_layers:
+        if isinstance(projection, ImageProjection):
+            zeros.append(torch.zeros(rows, 1, projection.image_embeds.in_features))
+        elif hasattr(projection, "proj_in"):  # of patches
+            zeros.append(torch.zeros(rows, 1, 1, projection.proj_in.in_features))
+        else:
+            raise UnsupportedModelError(
+                f"an IP-Adapter with {type(projection).__name__} is loaded, for which no empty picture is known; call "
+                "unload_ip_adapter(), or give ip_adapter_image_embeds."
+            )
+    return zeros
 
 
 def estimate_target_embeds(

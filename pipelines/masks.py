@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffusion_attn.core.errors import DiffusionAttnError
-from diffusion_attn.core.unet_layout import Size
 from diffusion_attn.editing.edit_area import EditArea
 from diffusion_attn.editing.layers import size_of
 
@@ -22,7 +21,7 @@ class EditMasks:
     Args:
         area: of the words, if there are any.
         painted: of the user: instead of the words', or cut out of it.
-        tokens: of the words of each pair; without, the pair may change everywhere.
+        worded: whether each pair has words; without, it may change everywhere, and no noise is added.
         thresholds: for blending, and for noise.
         latents: of all pairs.
 
@@ -34,50 +33,46 @@ class EditMasks:
         self,
         area: EditArea | None,
         painted: torch.Tensor | None,
-        tokens: Sequence[list[int]],
+        worded: Sequence[bool],
         thresholds: tuple[float, float | None],
         latents: torch.Tensor,
     ) -> None:
-        self.area, self.painted, self.thresholds, self.size = area, painted, thresholds, size_of(latents)
-        self.worded = torch.tensor([bool(words) for words in tokens], device=latents.device)[:, None, None, None]
+        self.area, self.thresholds, self.size = area, thresholds, size_of(latents)
+        # A cell is as much in a mask as any of its pixels.
+        self.painted = None if painted is None else F.adaptive_max_pool2d(painted.to(latents.device), self.size)
+        self.worded = torch.tensor(worded, device=latents.device)[:, None, None, None]
         self.blend: torch.Tensor | None = None
         self.variance: torch.Tensor | None = None
-
-    @property
-    def any(self) -> bool:
-        """Whether there ever are masks."""
-        return self.area is not None or self.painted is not None
 
     def update(self) -> None:
         """After a forward pass.
 
         Raises:
-            DiffusionAttnError: nothing is above the threshold.
+            DiffusionAttnError: there is nothing that may change.
         """
         blend = variance = torch.ones(len(self.worded), 1, *self.size, device=self.worded.device)
         least, strong = self.thresholds
         if self.area is not None:
             self.area.update()
-            seen = self.area.mask(least, self.size)
-            if not bool((seen.flatten(1).any(1) | ~self.worded.flatten()).all()):
-                raise DiffusionAttnError(
-                    "blend_words attend to every part of the picture alike, or to none, so that there is no mask; name "
-                    "other words, or give edit_mask."
-                )
-            blend = (seen | ~self.worded).float()
+            blend = (self.area.mask(least, self.size) | ~self.worded).float()
             if strong is not None:
-                variance = (self.area.mask(strong, self.size) & self.worded).float()
+                core = self.area.mask(strong, self.size)
+                variance = (core & self.worded if self.painted is None else core | ~self.worded).float()
         if self.painted is not None:
             blend, variance = blend * self.painted, variance * self.painted
+        if not bool(blend.flatten(1).any(1).all()):
+            raise DiffusionAttnError(
+                "there is nothing that may change: blend_words attend to every part of the picture alike, or only "
+                "outside of edit_mask; name other words, or give edit_mask alone."
+            )
         self.blend, self.variance = blend, None if strong is None else variance
 
 
-def painted_mask(mask: Any, size: Size, pairs: int) -> torch.Tensor:
-    """A mask of a user ``(1 or pairs, 1, *size)`` float32: a latent cell is as much in it as any of its pixels.
+def painted_mask(mask: Any, pairs: int) -> torch.Tensor:
+    """A mask of a user as ``(1 or pairs, 1, h, w)`` float32.
 
     Args:
         mask: a PIL picture, an array or a tensor, ``(h, w)`` or ``(1 or pairs, 1, h, w)``, bool or 0 to 1.
-        size: ``(height, width)`` of the latent.
         pairs: that are edited.
 
     Raises:
@@ -94,4 +89,4 @@ def painted_mask(mask: Any, size: Size, pairs: int) -> torch.Tensor:
             f"edit_mask runs from {float(mask.min()):g} to {float(mask.max()):g}; give bool, or numbers of 0 to 1 "
             "that are not all 0."
         )
-    return F.adaptive_max_pool2d(mask, size)
+    return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -83,9 +84,8 @@ class ViMAEditPipeline(EditingPipeline):
         A ``scheduler`` without ``edit_step`` becomes an `EditDDIMScheduler`.
         """
         if not hasattr(scheduler, "edit_step"):
-            # Latents are no pixels, to be clipped, and the last step ends at the picture itself.
-            changes = {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": True}
-            scheduler = EditDDIMScheduler.from_config(scheduler.config, **changes)
+            # As StableDiffusionPipeline does, and SDXL's does not: latents are no pixels, to be clipped.
+            scheduler = EditDDIMScheduler.from_config(scheduler.config, clip_sample=False, steps_offset=1)
         super().__init__(
             vae,
             text_encoder,
@@ -100,8 +100,10 @@ class ViMAEditPipeline(EditingPipeline):
         )
         self.register_modules(guidance_text_encoder=guidance_text_encoder, guidance_tokenizer=guidance_tokenizer)
 
-    def load_clip(self, name: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **options: Any) -> None:
+    def load_clip(self, name: str | os.PathLike[str] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **options: Any) -> None:
         """Load the CLIP whose pictures the IP-Adapter reads: its text half, and what else the pipeline has not.
+
+        Before offloading is switched on, which has to know of everything there is.
 
         Args:
             name: folder or Hub id of the whole CLIP; the default is that of IP-Adapters for Stable Diffusion 1 and of
@@ -115,12 +117,11 @@ class ViMAEditPipeline(EditingPipeline):
         tokenizer = CLIPTokenizer.from_pretrained(name, **options)
         place = {"device": self._execution_device, "dtype": self.unet.dtype}
         encoder = CLIPTextModelWithProjection.from_pretrained(name, config=text, **options).to(**place).eval()
+        if self.image_encoder is None or self.feature_extractor is None:
+            self.register_modules(feature_extractor=AutoImageProcessor.from_pretrained(name, **options))
         if self.image_encoder is None:
             seeing = CLIPVisionModelWithProjection.from_pretrained(name, config=vision, **options)
-            self.register_modules(
-                image_encoder=seeing.to(**place).eval(),
-                feature_extractor=AutoImageProcessor.from_pretrained(name, **options),
-            )
+            self.register_modules(image_encoder=seeing.to(**place).eval())
         self.register_modules(guidance_text_encoder=encoder, guidance_tokenizer=tokenizer)
 
     @torch.no_grad()
@@ -152,6 +153,7 @@ class ViMAEditPipeline(EditingPipeline):
         grounding_gamma: float = 0.5,
         mask_start: float = 0.2,
         map_size: int | Size | None = None,
+        spread_size: int | Size | None = None,
         edit_mask: Any = None,
         edit_mask_mode: Literal["replace", "intersect"] = "replace",
         height: int | None = None,
@@ -173,16 +175,17 @@ class ViMAEditPipeline(EditingPipeline):
                 one of goes with all.
             source_prompt: describes it.
             target_prompt: describes the wanted result.
-            blend_words: ``(source, target)``, a word or several of each prompt, or a list with one such pair or
-                ``None`` for each pair: outside of where they are seen the picture stays as it is. Without, everything
-                may change.
+            blend_words: a tuple ``(source, target)``, a word or several of each prompt, or a list with one such tuple
+                or ``None`` for each pair: outside of where they are seen the picture stays as it is. Without,
+                everything may change.
             num_inference_steps: of the schedule.
             timesteps: instead of ``num_inference_steps``, noisiest first.
             source_guidance_scale, guidance_scale: of the source's branch and of the target's; 1 for none.
             negative_prompt: of both.
             edit_type, alignment, self_replace_steps, image_replace_steps: as in
                 `diffusion_attn.editing.controls.PromptEdit`.
-            cross_replace_steps, word_weights: the same, or a list with one for each pair.
+            cross_replace_steps, word_weights: the same, or a list with one for each pair (two plain numbers are one
+                window).
             max_queries: layers of more queries keep their own self-attention and image attention; ``None``: those
                 above half the latent's height and width.
             ip_adapter_scale: of a loaded IP-Adapter, 0 for none; ``None``: what the pipeline has it at.
@@ -196,7 +199,7 @@ class ViMAEditPipeline(EditingPipeline):
                 `diffusion_attn.editing.grounding.propagate`.
             mask_start: the share of the steps before which masks are not used.
             map_size: ``(height, width)`` of the maps that words are looked for in; ``None``: a quarter of the latent's.
-                They are spread on the next finer level.
+            spread_size: that of the self-attention that they are spread by; ``None``: the next finer level.
             edit_mask: where the picture may change: a PIL picture, an array or a tensor of its size or the latent's,
                 ``(h, w)`` or ``(1 or pairs, 1, h, w)``, bool or 0 to 1 for how much.
             edit_mask_mode: it is taken instead of what the words ground, or cut out of that.
@@ -219,33 +222,20 @@ class ViMAEditPipeline(EditingPipeline):
             DiffusionAttnError: the words attend to everything alike, so that there is no mask.
         """
         self.check_callback(callback_on_step_end_tensor_inputs)
-        _check(blend_threshold, variance_threshold, mask_start, edit_mask_mode)
-        if not hasattr(self.scheduler, "edit_step"):
-            raise ValueError(
-                f"scheduler is a {type(self.scheduler).__name__}, which cannot edit; set the pipeline's to an "
-                "EditDDIMScheduler or EditDPMSolverMultistepScheduler of diffusion_attn.editing.schedulers."
-            )
+        _check(
+            {"blend_threshold": blend_threshold, "variance_threshold": variance_threshold},
+            {"mask_start": mask_start, "grounding_gamma": grounding_gamma},
+            {"grounding_iterations": grounding_iterations},
+            edit_mask_mode,
+        )
         images, sources, targets = _paired(image, source_prompt, target_prompt)
         pairs = len(targets)
+        self._check_prompts([*sources, *targets])
         tokens = self._blend_tokens(blend_words, sources, targets)
-        embeds = self._image_embeds(
-            images, sources, targets, ip_adapter_scale, ip_adapter_image_embeds, image_guidance_layout
-        )
-        text = self._text(prompt_embeds, "prompt_embeds", pairs, lambda: encode(self, [*sources, *targets]))
-        negative = self._text(
-            negative_prompt_embeds,
-            "negative_prompt_embeds",
-            pairs,
-            lambda: Conditioning.join(*[encode_negative(self, negative_prompt)] * 2 * pairs),
-        )
-        if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        else:
-            self.scheduler.set_timesteps(timesteps=list(timesteps), device=self._execution_device)
-        schedule = self.scheduler.timesteps
-        known = self._latents(images, height, width)
-        size = size_of(known)
-        half = reduced(size, 2)
+        masked = any(tokens) or edit_mask is not None
+        schedule = self._schedule(num_inference_steps, timesteps, masked and variance_threshold is not None)
+        self._check_lengths(pairs, generator, latents, variance_noise, len(schedule))
+        painted = None if edit_mask is None else painted_mask(edit_mask, pairs)
         edits = [
             PromptEdit(
                 source,
@@ -258,7 +248,7 @@ class ViMAEditPipeline(EditingPipeline):
                 self_replace_steps=self_replace_steps,
                 image_replace_steps=image_replace_steps,
                 word_weights=weights,
-                max_queries=half[0] * half[1] if max_queries is None else max_queries,
+                max_queries=max_queries,
             )
             for source, target, window, weights in zip(
                 sources,
@@ -268,13 +258,29 @@ class ViMAEditPipeline(EditingPipeline):
                 strict=True,
             )
         ]
-        painted = None if edit_mask is None else painted_mask(edit_mask, size, pairs).to(known.device)
+        text = self._text(prompt_embeds, "prompt_embeds", pairs, lambda: encode(self, [*sources, *targets]))
+        negative = self._text(
+            negative_prompt_embeds,
+            "negative_prompt_embeds",
+            pairs,
+            lambda: Conditioning.join(*[encode_negative(self, negative_prompt)] * 2 * pairs),
+        )
+        embeds = self._image_embeds(
+            images, sources, targets, ip_adapter_scale, ip_adapter_image_embeds, image_guidance_layout
+        )
+        known = self._latents(images, height, width)
+        size = size_of(known)
+        levels = [reduced(size, factor) for factor in (8, 4, 2, 1)]
+        for edit in edits if max_queries is None else ():
+            edit.max_queries = levels[2][0] * levels[2][1]
         area = None
         if any(tokens) and (painted is None or edit_mask_mode == "intersect"):
             words = map_grid(size, map_size)
-            finer = [level for level in (half, size) if level[0] > words[0]]  # the next one
-            area = EditArea(tokens, words, [*finer, words][0], grounding_gamma, grounding_iterations)
-        masks = EditMasks(area, painted, tokens[:pairs], (blend_threshold, variance_threshold), known)
+            finer = [level for level in levels if level[0] > words[0]]
+            spread = map_grid(size, spread_size) if spread_size is not None else [*finer, words][0]
+            area = EditArea(tokens, words, spread, grounding_gamma, grounding_iterations)
+        worded = [bool(source or target) for source, target in zip(tokens[:pairs], tokens[pairs:], strict=True)]
+        masks = EditMasks(area, painted, worded, (blend_threshold, variance_threshold), known)
         control = AttentionControl(size, edits, area.recorders if area else [], rows=2 * pairs)
         network = Network(self, size)
 
@@ -291,11 +297,11 @@ class ViMAEditPipeline(EditingPipeline):
         with control.on(self.unet), adapter_scale(self.unet, ip_adapter_scale), progress as bar:
             for step, timestep in enumerate(schedule):
                 control.step = step
-                control.recording = masked = masks.any and step + 1 >= int(mask_start * len(schedule))
+                control.recording = now = masked and step + 1 >= int(mask_start * len(schedule))
                 output = network(torch.cat([x[guided], x]), timestep, whole, **added)
                 free, predicted = output[: len(guided)], output[len(guided) :]
                 predicted = predicted.index_copy(0, guided, free + scales * (predicted[guided] - free))
-                if masked:
+                if now:
                     masks.update()
                 x = self.scheduler.edit_step(
                     predicted,
@@ -328,8 +334,8 @@ class ViMAEditPipeline(EditingPipeline):
         pairs = len(targets)
         if blend_words is None:
             return [[] for _ in range(2 * pairs)]
-        # One pair of words for all, unless there is an entry for each; ("cat", "dog") is one.
-        alone = len(blend_words) == 2 and (pairs == 1 or any(isinstance(words, (str, int)) for words in blend_words))
+        plain = isinstance(blend_words, tuple) or any(isinstance(words, (str, int)) for words in blend_words)
+        alone = len(blend_words) == 2 and (pairs == 1 or plain)
         each = [blend_words] * pairs if alone else blend_words
         if len(each) != pairs:
             raise ValueError(
@@ -342,6 +348,54 @@ class ViMAEditPipeline(EditingPipeline):
             found = self.word_tokens([source, target], named, "blend_words") if named else [[], []]
             rows.append([[token for word in row for token in word] for row in found])
         return [row[0] for row in rows] + [row[1] for row in rows]
+
+    def _schedule(self, count: int, timesteps: Sequence[int] | None, noisy: bool) -> torch.Tensor:
+        """The timesteps of a run, set; its last step ends at the picture, whatever the configuration says."""
+        scheduler = self.scheduler
+        if not hasattr(scheduler, "edit_step"):
+            raise ValueError(
+                f"scheduler is a {type(scheduler).__name__}, which cannot edit; set the pipeline's to an "
+                "EditDDIMScheduler or EditDPMSolverMultistepScheduler of diffusion_attn.editing.schedulers."
+            )
+        ends = {"set_alpha_to_one": True, "final_sigmas_type": "zero"}
+        changes = {name: value for name, value in ends.items() if scheduler.config.get(name, value) != value}
+        if changes:
+            scheduler = type(scheduler).from_config(scheduler.config, **changes)
+            self.register_modules(scheduler=scheduler)
+        if noisy and scheduler.config.get("solver_order", 1) > 2:
+            raise ValueError(
+                f"solver_order of the scheduler is {scheduler.config.solver_order}, which adds no noise where masks "
+                "say so; take 1 or 2, or variance_threshold=None."
+            )
+        if timesteps is not None:
+            scheduler.set_timesteps(timesteps=[int(timestep) for timestep in timesteps], device=self._execution_device)
+        elif count < 1:
+            raise ValueError(f"num_inference_steps is {count}; give 1 or more.")
+        else:
+            scheduler.set_timesteps(count, device=self._execution_device)
+        return scheduler.timesteps
+
+    def _check_prompts(self, prompts: Sequence[str]) -> None:
+        limit = self.tokenizer.model_max_length
+        for prompt in prompts:
+            count = len(self.tokenizer(prompt, truncation=False).input_ids)
+            if count > limit:
+                raise ValueError(f"the prompt {prompt!r} has {count} tokens, and the model reads {limit}; shorten it.")
+
+    def _check_lengths(
+        self, pairs: int, generator: Any, latents: torch.Tensor | None, variance_noise: torch.Tensor | None, steps: int
+    ) -> None:
+        if isinstance(generator, list) and len(generator) != pairs:
+            raise ValueError(f"generator has {len(generator)} entries for {pairs} pairs; give one for each, or one.")
+        if latents is not None and (latents.ndim != 4 or len(latents) not in (1, pairs)):
+            raise ValueError(
+                f"latents have the shape {tuple(latents.shape)}; give the noise (1, C, h, w), or one for each of the "
+                f"{pairs} pairs."
+            )
+        if variance_noise is not None and (variance_noise.ndim != 5 or len(variance_noise) != steps):
+            raise ValueError(
+                f"variance_noise has the shape {tuple(variance_noise.shape)}; give ({steps}, 1 or {pairs}, C, h, w)."
+            )
 
     def _image_embeds(
         self,
@@ -405,10 +459,9 @@ class ViMAEditPipeline(EditingPipeline):
     def _noise(self, latents: torch.Tensor | None, known: torch.Tensor, generator: Any) -> torch.Tensor:
         if latents is None:
             return randn_tensor(known.shape, generator, known.device, known.dtype)
-        if latents.shape[1:] != known.shape[1:] or len(latents) not in (1, len(known)):
+        if latents.shape[1:] != known.shape[1:]:
             raise ValueError(
-                f"latents have the shape {tuple(latents.shape)}; give the noise {(1, *known.shape[1:])}, or one for "
-                f"each of the {len(known)} pairs."
+                f"latents have the shape {tuple(latents.shape)}; give noise of the picture's, {(1, *known.shape[1:])}."
             )
         return latents.to(known).expand_as(known)
 
@@ -429,19 +482,26 @@ def _paired(image: Any, source: str | Sequence[str], target: str | Sequence[str]
 
 
 def _each(value: Any, pairs: int, name: str) -> list[Any]:
-    """What there is one of for all pairs, or a list of one for each."""
-    if not isinstance(value, list):
+    """What there is one of for all pairs, or a list of one for each; two plain numbers are a window."""
+    window = isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)
+    if not isinstance(value, list) or window:
         return [value] * pairs
     if len(value) != pairs:
         raise ValueError(f"{name} has {len(value)} entries for {pairs} pairs; give one for each, or one for all.")
     return value
 
 
-def _check(blend: float, variance: float | None, start: float, mode: str) -> None:
-    for name, value in {"blend_threshold": blend, "variance_threshold": variance}.items():
+def _check(
+    thresholds: Mapping[str, float | None], shares: Mapping[str, float], counts: Mapping[str, int], mode: str
+) -> None:
+    for name, value in thresholds.items():
         if value is not None and not 0 <= value < 1:
             raise ValueError(f"{name} is {value}; give a part of a map's range, 0 to below 1.")
-    if not 0 <= start <= 1:
-        raise ValueError(f"mask_start is {start}; give a share of the steps, 0 to 1.")
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; give 0 to 1.")
+    for name, value in counts.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}; give 0 or more.")
     if mode not in ("replace", "intersect"):
         raise ValueError(f"edit_mask_mode is {mode!r}; give 'replace' or 'intersect'.")

@@ -56,6 +56,26 @@ def test_other_settings_are_not_mixed_in(done, capsys):
     assert "made with other settings" in capsys.readouterr().err
 
 
+def test_other_data_under_the_same_names_is_not_taken_for_done(done, tmp_path, capsys):
+    write_edits(tmp_path, 2, seed=9)
+    assert run(done, "--data", str(tmp_path), "--method", "vimaedit") == 2
+    assert "holds edits of other data" in capsys.readouterr().err
+
+
+def test_words_that_are_cut_off_are_left_out(tmp_path):
+    write_edits(tmp_path / "data", 1)
+    path = tmp_path / "data" / "mapping_file.json"
+    mapping = json.loads(path.read_text())
+    [item] = mapping.values()
+    before, after = item["blended_word"].split()
+    for key, word in (("original_prompt", before), ("editing_prompt", after)):
+        item[key] = "a " * 40 + item[key].replace(f"[{word}]", word)
+    path.write_text(json.dumps(mapping))
+    assert run(tmp_path / "out", "--data", str(tmp_path / "data"), "--method", "direct") == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "pie-bench.csv").open()))
+    assert rows[-1]["note"] and not rows[0]["note"]
+
+
 def test_every_way_to_edit_and_a_round_trip(tmp_path):
     data = tmp_path / "data"
     write_edits(data, 3)

@@ -43,7 +43,7 @@ def add_arguments(parser: Any) -> None:
     add("--cross", type=float, help=f"share of the steps in which words take the source's attention, {own}")
     own = f"by default {_SELF}, with vimaedit {vimaedit.SELF}"
     add("--self", type=float, help=f"the same for self-attention, which holds the layout, {own}")
-    add("--mask", type=str, metavar="FILE", help="with vimaedit: a picture, white where it may change")
+    add("--mask", type=str, metavar="FILE", help="with vimaedit: white where it may change; with --blend, only there")
     add("--seed", type=int, default=0, help="with vimaedit: of its noise")
     vimaedit.add_arguments(parser)
     add("--inversion", type=str, metavar="FILE", help="use this inversion; made there first if it is not there")
@@ -70,6 +70,10 @@ def run(args: Any) -> int:
     size = None if args.size is None else parse_size(args.size)
     image = _open(args.image)
     mask = None if args.mask is None else _open(args.mask)
+    if mask is not None and mask.size != image.size:
+        raise CommandError(
+            f"--mask {args.mask!r} is {mask.size} pixels, and the picture {image.size}; give one as large."
+        )
     device = pick_device(args.device)
     models.check_model(args.model)
     output = Path(args.output).expanduser()
@@ -104,7 +108,7 @@ def run(args: Any) -> int:
             "weights": weights,
         }
         if direct:
-            settings |= {"seed": args.seed, "mask": args.mask, "ip_scale": args.ip_scale}
+            settings |= {name: args[name] for name in ("seed", "mask", "ip_adapter", "ip_scale", "ip_clip")}
             result, cost = _edit_directly(stock, image, mask, args, settings)
         else:
             result, cost = _edit_inverted(stock, image, args, settings)
@@ -168,6 +172,7 @@ def _edit_directly(
         map_size=settings["maps"],
         ip_adapter_scale=args.ip_scale,
         edit_mask=mask,
+        edit_mask_mode="replace" if args.blend is None else "intersect",
         # One of its own for each, so that an edit does not depend on what else is asked for.
         generator=[torch.Generator().manual_seed(args.seed) for _ in args.target],
     )

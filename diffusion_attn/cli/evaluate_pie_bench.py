@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +24,7 @@ from diffusion_attn.cli.edit import METHODS, NULL_TEXT
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
-from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
 from diffusion_attn.metrics.cost import measure
 from diffusion_attn.metrics.pie_bench import COLUMNS, KINDS, EditScorer, Item, load, means
 
@@ -72,6 +73,9 @@ def run(args: Any) -> int:
     if find_spec("torchmetrics") is None:
         raise CommandError("evaluate needs torchmetrics, which is not installed; pip install diffusion-attn[metrics].")
     check_numbers(args, {"count": 1, "steps": 1, "guidance": 0, "seed": 0, "cross": 0, "self": 0, "ip_scale": 0})
+    for name in ("cross", "self"):
+        if args[name] > 1:
+            raise CommandError(f"--{name} {args[name]}: expected a share of the steps, 0 to 1.")
     wrong = [kind for kind in args.type or () if not 0 <= kind < len(KINDS)]
     if wrong:
         raise CommandError(f"--type {wrong[0]}: expected 0 to {len(KINDS) - 1}.")
@@ -117,7 +121,9 @@ def run(args: Any) -> int:
     files.save_text(output / "pie-bench.md", f"{as_table(table)}\n\n{by_kind(table)}\n")
     if not args.quiet:
         skipped = f"left out: {', '.join(scorer.missing)} (see --clip, --dino, --lpips)\n" if scorer.missing else ""
-        print(f"{as_table(table)}\n{skipped}{output}")
+        notes = sum(row["note"] is not None for row in rows)
+        wordless = f"{notes} edits were made without their words, see pie-bench.csv\n" if notes else ""
+        print(f"{as_table(table)}\n{skipped}{wordless}{output}")
     return 0
 
 
@@ -150,6 +156,11 @@ class _Editors:
 
     def __post_init__(self) -> None:
         self._made: dict[str, Any] = {}
+
+    def prepare(self, name: str) -> None:
+        """Load what a method needs, which is not its cost."""
+        if name not in BASELINES[:1]:
+            self._pipe("vimaedit" if name == "vimaedit" else "p2p")
 
     def edit(self, name: str, item: Item, image: Image.Image) -> Edit:
         """The picture ``image`` of ``item``, edited by the method called ``name``."""
@@ -226,18 +237,32 @@ def _row(
     """
     folder = output / name
     path = folder / f"{item.name}.json"
+    # Other data under the same names must not be taken for finished work.
+    told = (item.source_prompt, item.target_prompt, item.blend_words, item.code)
+    digest = hashlib.sha256(item.path.read_bytes() + repr(told).encode()).hexdigest()[:16]
+    settings = {**settings, "item": digest}
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["settings"] != settings:
             raise CommandError(
-                f"--output {str(output)!r} holds edits that were made with other settings ({path.name} of {name}); "
-                "name another folder, or ask for the same."
+                f"--output {str(output)!r} holds edits of other data or made with other settings ({path.name} of "
+                f"{name}); name another folder, or ask for the same."
             )
         return known["row"]
     files.prepare_folder(folder)
     picture = item.image()
+    at_size = picture if picture.size == size else picture.resize(size)
+    note = None
+    editors.prepare(name)
     with measure(editors.stock.unet.device) as cost:
-        edited, mask = editors.edit(name, item, picture if picture.size == size else picture.resize(size))
+        try:
+            edited, mask = editors.edit(name, item, at_size)
+        except (DiffusionAttnError, ValueError) as error:
+            if item.blend_words is None:
+                raise
+            # Words that look nowhere, or are cut off; the benchmark has items without words, which are edited too.
+            note = str(error)
+            edited, mask = editors.edit(name, replace(item, blend_words=None), at_size)
     edited = edited if edited.size == picture.size else edited.resize(picture.size, Image.Resampling.LANCZOS)
     if settings["jpeg"]:
         edited = _round_trip(edited)
@@ -250,8 +275,9 @@ def _row(
         "iou": None if mask is None else _overlap(mask, item, picture),
         "seconds": cost.seconds,
         "peak_mb": cost.peak_bytes / 1e6,
+        "note": note,
     }
-    files.save_png(folder / f"{item.name}.png", edited, {"method": name, "item": item.name, **settings})
+    files.save_png(folder / f"{item.name}.png", edited, {"method": name, **settings})
     files.save_json(path, {"settings": settings, "row": row})
     return row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def load(stock: Any, args: Any) -> Any:
     if adapter is None and args.model == "shapes-sd":
         adapter, clip = str(CLIP / IP_ADAPTER), args.ip_clip or str(CLIP)
     if adapter is None or args.ip_scale == 0:
+        if args.ip_scale and not args.quiet:
+            print("edited without image guidance; --ip-adapter names one", file=sys.stderr)
         return ViMAEditPipeline.from_pipe(stock)
     path = Path(adapter).expanduser()
     if path.is_file():

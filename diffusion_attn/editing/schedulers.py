@@ -56,29 +56,30 @@ class EditDDIMScheduler(DDIMScheduler):
     ) -> None:
         if variance not in ("posterior", "marginal"):
             raise ValueError(f"variance is {variance!r}; give 'posterior' or 'marginal'.")
+        # By name: what is given by place is taken for a default, and lost when another is made of this configuration.
         super().__init__(
-            num_train_timesteps,
-            beta_start,
-            beta_end,
-            beta_schedule,
-            trained_betas,
-            clip_sample,
-            set_alpha_to_one,
-            steps_offset,
-            prediction_type,
-            thresholding,
-            dynamic_thresholding_ratio,
-            clip_sample_range,
-            sample_max_value,
-            timestep_spacing,
-            rescale_betas_zero_snr,
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            clip_sample=clip_sample,
+            set_alpha_to_one=set_alpha_to_one,
+            steps_offset=steps_offset,
+            prediction_type=prediction_type,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            clip_sample_range=clip_sample_range,
+            sample_max_value=sample_max_value,
+            timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
         self._after: dict[int, int] = {}  # the next timestep, where the user has chosen them
 
     def set_timesteps(
         self, num_inference_steps: int = 0, device: Any = None, timesteps: Sequence[int] | None = None
     ) -> None:
-        """As in `DDIMScheduler`, or to ``timesteps`` of your own, noisiest first.
+        """As in `DDIMScheduler`, or to whole numbers ``timesteps`` of your own, noisiest first.
 
         Raises:
             ValueError: ``timesteps`` do not fall, or are none of the training's.
@@ -167,7 +168,16 @@ class EditDPMSolverMultistepScheduler(DPMSolverMultistepScheduler):
         mu: float | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """As in `DPMSolverMultistepScheduler`."""
+        """As in `DPMSolverMultistepScheduler`.
+
+        Raises:
+            ValueError: the algorithm predicts noise.
+        """
+        if not self.config.algorithm_type.endswith("dpmsolver++"):
+            raise ValueError(
+                f"algorithm_type is {self.config.algorithm_type!r}, which does not predict the picture; give "
+                "'dpmsolver++'."
+            )
         super().set_timesteps(num_inference_steps, device, mu, timesteps)
         # Each is a stock scheduler with a history of its own, of what the network says the picture is.
         self._solvers = {}

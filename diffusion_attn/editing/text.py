@@ -98,7 +98,13 @@ def encode(pipe: Any, prompts: Sequence[str], learned: LearnedWords | None = Non
 
 
 def encode_negative(pipe: Any, prompt: str | None) -> Conditioning:
-    """Encode a negative prompt; none is the empty one, or zeros where the pipeline of SDXL has been told so."""
+    """Encode a negative prompt; none is the empty one, or zeros where the pipeline of SDXL has been told so.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if not isinstance(prompt, (str, type(None))):
+        raise ValueError(f"negative_prompt is {prompt!r}; give one text for all rows.")
     conditioning = encode(pipe, [prompt or ""])
     zeros = is_xl(pipe) and getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", True)
     if prompt is not None or not zeros:

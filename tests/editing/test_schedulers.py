@@ -171,6 +171,9 @@ def test_configurations_travel():
     stock = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, prediction_type="v_prediction")
     edit = EditDDIMScheduler.from_config(stock.config, eta=0.5)
     assert edit.config.prediction_type == "v_prediction" and edit.config.eta == 0.5
+    again = EditDDIMScheduler.from_config(edit.config, eta=0.2)
+    assert {**edit.config, "eta": 0.2, "_use_default_values": 0} == {**again.config, "_use_default_values": 0}
+    torch.testing.assert_close(again.alphas_cumprod, stock.alphas_cumprod)
     assert not EditDDIMScheduler().config.clip_sample and EditDDIMScheduler().config.steps_offset == 1
 
 
@@ -183,6 +186,9 @@ def test_bad_arguments():
     for timesteps in ([], [500, 700], [1000, 500]):
         with pytest.raises(ValueError, match="give falling ones"):
             EditDDIMScheduler(**BETAS).set_timesteps(timesteps=timesteps)
+    params = {"num_inference_steps": 4}
+    with pytest.raises(ValueError, match="algorithm_type is 'dpmsolver'"):
+        made(EditDPMSolverMultistepScheduler, params, algorithm_type="dpmsolver", final_sigmas_type="sigma_min")
     with pytest.raises(ValueError, match="variance is 'all'"):
         EditDDIMScheduler(**BETAS, variance="all")
     with pytest.raises(ValueError, match="sample has 2 rows and source_latents 2"):

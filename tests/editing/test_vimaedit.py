@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.models.embeddings import IPAdapterPlusImageProjection, MultiIPAdapterImageProjection
 from PIL import Image
 
 import diffusion_attn as da
@@ -18,7 +19,6 @@ TARGET = PROMPT.replace("star", "square")
 WORDS = ("star", "square")
 KNOWN = 0.7 * noise(1, 4, 16, 16, seed=3)
 STEPS = 5
-ENDS = {"set_alpha_to_one": True}
 __all__ = ["fresh_dynamo"]
 
 
@@ -66,7 +66,7 @@ def clip(tmp_path_factory):
 @pytest.mark.parametrize("scheduler", [EditDDIMScheduler, EditDPMSolverMultistepScheduler])
 def test_the_source_ends_at_its_picture_and_so_does_all_outside_of_the_mask(make, scheduler):
     pipe = make()
-    vima = ViMAEditPipeline.from_pipe(pipe, scheduler=scheduler.from_config(pipe.scheduler.config, **ENDS))
+    vima = ViMAEditPipeline.from_pipe(pipe, scheduler=scheduler.from_config(pipe.scheduler.config))
     output = edit(vima)
     assert torch.equal(output.source, KNOWN)
     kept = ~output.blend_mask.expand_as(output.images)
@@ -90,9 +90,7 @@ def test_only_with_a_picture_for_each_branch_an_equal_prompt_changes_nothing(cli
 
 
 def test_no_noise_is_no_mask_for_it(pipe):
-    quiet = ViMAEditPipeline.from_pipe(
-        pipe, scheduler=EditDDIMScheduler.from_config(pipe.scheduler.config, eta=0.0, **ENDS)
-    )
+    quiet = ViMAEditPipeline.from_pipe(pipe, scheduler=EditDDIMScheduler.from_config(pipe.scheduler.config, eta=0.0))
     close(edit(quiet).images, edit(pipe, variance_threshold=None).images)
     assert not torch.allclose(edit(quiet).images, edit(pipe).images, atol=1e-3)
 
@@ -155,6 +153,13 @@ def test_a_mask_can_say_how_much(pipe):
     assert 0 < (half - KNOWN).abs().mean() < (whole - KNOWN).abs().mean()
 
 
+def test_where_words_and_mask_have_nothing_in_common_is_an_error(pipe):
+    found = edit(pipe, mask_start=1.0, blend_threshold=0.9).blend_mask
+    call = {"mask_start": 1.0, "blend_threshold": 0.9, "edit_mask_mode": "intersect"}
+    with pytest.raises(da.DiffusionAttnError, match="only outside of edit_mask"):
+        edit(pipe, edit_mask=~found, **call)
+
+
 # ---- pairs
 
 
@@ -184,6 +189,29 @@ def test_pairs_do_not_know_each_other(pipe):
             assert torch.equal(together.blend_mask[one], alone.blend_mask)
 
 
+def test_pairs_without_words_do_not_know_others_that_have_some(pipe):
+    """Beside a painted mask, a pair without words has that mask, for noise too."""
+    call = {"edit_mask": torch.ones(16, 16).tril(), "edit_mask_mode": "intersect"}
+    both = edit(pipe, [TARGET, TARGET], [WORDS, None], **call)
+    close(both.images[:1], edit(pipe, **call).images)
+    close(both.images[1:], edit(pipe, blend_words=None, **call).images)
+
+
+def test_words_of_one_side_alone(pipe):
+    source, target = edit(pipe, blend_words=("star", [])), edit(pipe, blend_words=([], "square"))
+    assert not source.word_maps[1].any() and not target.word_maps[0].any()
+    assert not source.blend_mask.all() and not target.blend_mask.all() and target.variance_mask.any()
+
+
+def test_one_tuple_of_several_words_is_for_all_pairs_and_a_list_for_each(pipe):
+    several = (["red", "star"], ["square", "red"])
+    for_all = edit(pipe, [TARGET, TARGET], several)
+    for_each = edit(pipe, [TARGET, TARGET], [several, several])
+    assert torch.equal(for_all.images, for_each.images)
+    windows = [edit(pipe, cross_replace_steps=window).images for window in ([0.0, 0.4], (0.0, 0.4), 0.4)]
+    assert torch.equal(windows[0], windows[1]) and torch.equal(windows[1], windows[2])
+
+
 def test_one_picture_in_several_ways(pipe):
     output = edit(pipe, [TARGET, TARGET])
     assert torch.equal(*output.images) and torch.equal(*output.blend_mask)
@@ -209,6 +237,12 @@ def test_the_target_is_told_of_the_picture_it_will_be(clip):
 
 def test_without_strength_it_is_the_pipeline_without_an_adapter():
     close(edit(adapted(), ip_adapter_scale=0).images, edit(tiny.sd()).images)
+    patches = adapted()  # an adapter that reads patches
+    resampler = IPAdapterPlusImageProjection(6, 12, 8, 1, 8, 2, 4)
+    patches.unet.encoder_hid_proj = MultiIPAdapterImageProjection([resampler])
+    close(edit(patches, ip_adapter_scale=0).images, edit(tiny.sd()).images)
+    with pytest.raises(da.UnsupportedModelError, match="reads patches"):
+        edit(patches, image=tiny.picture(64))
 
 
 def test_the_scale_is_set_for_the_run_alone(clip):
@@ -261,6 +295,9 @@ def test_a_stock_scheduler_becomes_one_that_edits(pipe):
         assert isinstance(vima.scheduler, EditDDIMScheduler)
         assert not vima.scheduler.config.clip_sample and vima.scheduler.config.steps_offset == 1
     assert not hasattr(pipe.scheduler, "edit_step")
+    cubic = EditDPMSolverMultistepScheduler.from_config(own.config, solver_order=3)
+    with pytest.raises(ValueError, match="solver_order of the scheduler is 3"):
+        edit(ViMAEditPipeline.from_pipe(pipe, scheduler=cubic))
     vima.scheduler = own
     with pytest.raises(ValueError, match="DDIMScheduler, which cannot edit"):
         edit(vima)
@@ -268,15 +305,20 @@ def test_a_stock_scheduler_becomes_one_that_edits(pipe):
 
 def test_few_steps_with_all_the_noise(pipe):
     """InfEdit's: the source is exact all the same, and chosen timesteps are the ones that are taken."""
-    scheduler = EditDDIMScheduler.from_config(pipe.scheduler.config, variance="marginal", **ENDS)
+    scheduler = EditDDIMScheduler.from_config(pipe.scheduler.config, variance="marginal")
     steps = []
     output = edit(
         ViMAEditPipeline.from_pipe(pipe, scheduler=scheduler),
         timesteps=[999, 759, 499, 259],
+        variance_noise=noise(4, 1, 4, 16, 16),
         variance_threshold=None,
         callback_on_step_end=lambda *args: steps.append(int(args[2])) or {},
     )
     assert steps == [999, 759, 499, 259] and torch.equal(output.source, KNOWN)
+    vima = ViMAEditPipeline.from_pipe(pipe)
+    few = {"variance_noise": noise(3, 1, 4, 16, 16)}
+    numbers = [edit(vima, timesteps=kind([901, 500, 20]), **few).images for kind in (list, torch.tensor)]
+    assert torch.equal(*numbers)
 
 
 def test_v_prediction_ends_at_the_source_too():
@@ -327,6 +369,8 @@ def test_oblong_sizes_and_pictures(pipe, size):
     generators = [torch.Generator().manual_seed(4) for _ in range(2)]
     first, again = (edit(pipe, image=photo, generator=generator, **call) for generator in generators)
     assert first.images[0].size == (width, height) and first.images[0].tobytes() == again.images[0].tobytes()
+    for mode in ("L", "RGBA"):
+        assert edit(pipe, image=photo.convert(mode), **call).images[0].mode == "RGB"
     cut = edit(pipe, image=tiny.picture(128), height=height, width=width, **call)
     assert cut.images[0].size == (width, height)
 
@@ -384,6 +428,14 @@ def test_it_is_saved_and_loaded(pipe, tmp_path, clip):
         ({"blend_threshold": 1.0}, "blend_threshold is 1.0"),
         ({"variance_threshold": -0.1}, "variance_threshold is -0.1"),
         ({"mask_start": 20}, "mask_start is 20"),
+        ({"grounding_gamma": 1.5}, "grounding_gamma is 1.5"),
+        ({"grounding_iterations": -1}, "grounding_iterations is -1"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"variance_noise": noise(2, 1, 4, 16, 16)}, r"give \(5, 1 or 1, C, h, w\)"),
+        ({"generator": [torch.Generator()] * 2}, "generator has 2 entries for 1 pairs"),
+        ({"target": "a " * 40 + TARGET}, "tokens, and the model reads 32"),
+        ({"negative_prompt": ["dark", "light"]}, "give one text for all rows"),
+        ({"latents": noise(1, 4, 8, 8)}, "give noise of the picture's"),
         ({"edit_mask": torch.zeros(16, 16)}, "edit_mask runs from 0 to 0"),
         ({"edit_mask": torch.full((16, 16), 255)}, "edit_mask runs from 255 to 255"),
         ({"edit_mask": torch.ones(3, 16, 16)}, r"edit_mask has the shape \(3, 16, 16\)"),
@@ -413,5 +465,5 @@ def test_words_that_look_nowhere_are_an_error():
     for layer in pipe.unet.modules():
         if getattr(layer, "is_cross_attention", False):
             torch.nn.init.zeros_(layer.to_q.weight)
-    with pytest.raises(da.DiffusionAttnError, match="so that there is no mask"):
+    with pytest.raises(da.DiffusionAttnError, match="attend to every part of the picture alike"):
         edit(pipe, grounding_iterations=0)

@@ -126,11 +126,14 @@ def _item(folder: Path, name: str, entry: Any) -> Item:
     path = folder / PICTURES / entry["image_path"]
     if not path.is_file():
         raise DiffusionAttnError(f"item {name!r} of {MAPPING} is {str(path)!r}, which is not there.")
+    code = entry["mask"]
+    if not isinstance(code, list) or len(code) % 2:
+        raise DiffusionAttnError(f"item {name!r} of {MAPPING} has a mask that is no list of starts and lengths.")
     kind = str(entry["editing_type_id"])
     if not kind.isdigit() or int(kind) >= len(KINDS):
         raise DiffusionAttnError(f"item {name!r} of {MAPPING} has the type {kind!r}; expected 0 to {len(KINDS) - 1}.")
     source, target = (entry[key].replace("[", "").replace("]", "") for key in ("original_prompt", "editing_prompt"))
-    words = entry.get("blended_word", "").split(" ")
+    words = (entry.get("blended_word") or "").split(" ")
     there = len(words) == 2 and words[0] in source.split(" ") and words[1] in target.split(" ")
     return Item(
         name=name,
@@ -140,5 +143,5 @@ def _item(folder: Path, name: str, entry: Any) -> Item:
         instruction=entry.get("editing_instruction", ""),
         kind=int(kind),
         blend_words=(words[0], words[1]) if there else None,
-        code=tuple(entry["mask"]),
+        code=tuple(code),
     )

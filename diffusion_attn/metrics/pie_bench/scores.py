@@ -117,7 +117,12 @@ def _lpips(device: Any) -> Perceptual:
         raise DiffusionAttnError("LPIPS takes its network from torchvision, which is not installed; install it.")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    network = LearnedPerceptualImagePatchSimilarity(net_type="squeeze").to(device)
+    try:
+        network = LearnedPerceptualImagePatchSimilarity(net_type="squeeze").to(device)
+    except OSError as error:
+        raise DiffusionAttnError(
+            f"LPIPS could not get torchvision's SqueezeNet ({error}); connect once, or leave --lpips out."
+        ) from error
 
     def distance(image: torch.Tensor, reference: torch.Tensor) -> float:
         first, second = (x[None].to(device) * 2 - 1 for x in (image, reference))

@@ -43,7 +43,7 @@ class StructureDistance:
 
         from diffusion_attn.metrics.networks import load
 
-        self.model: Any = load(AutoModel, name, "vision model").to(device).eval()
+        self.model: Any = load(AutoModel, name, "vision model").float().to(device).eval()
         keys = [layer for name, layer in self.model.named_modules() if name.rpartition(".")[2] in ("k_proj", "key")]
         if not keys:
             raise UnsupportedModelError(f"{name!r} has no layer called k_proj or key; give a vision transformer.")
