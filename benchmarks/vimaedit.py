@@ -42,6 +42,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "+ noise: ViMAEdit": {},
     "ViMAEdit without spreading, R = 0": {"grounding_iterations": 0},
     "ViMAEdit without image guidance": {"ip_adapter_scale": 0},
+    "ViMAEdit, a wider area: threshold 0.3": {"blend_threshold": 0.3},
     "ViMAEdit, a picture for each branch": {"image_guidance_layout": "per_branch"},
 }
 """Options of the pipeline; ``blend``: whether it is told the words."""

@@ -13,9 +13,10 @@ def test_a_table_is_filled_edit_by_edit(tmp_path):
     first = [*vimaedit.BASELINES, "+ noise: ViMAEdit"]
     vimaedit.main(["ablation", *common, "--methods", *first])
     before = json.loads(output.read_text())["ablation"]["rows"]
-    vimaedit.main(["ablation", *common])
+    more = ["+ grounding", "direct inversion", "direct inversion, local blend", "LEDITS++ of diffusers"]
+    vimaedit.main(["ablation", *common, "--methods", *first, *more])
     rows = json.loads(output.read_text())["ablation"]["rows"]
-    names = [*vimaedit.BASELINES, *vimaedit.METHODS]
+    names = [name for name in (*vimaedit.BASELINES, *vimaedit.METHODS) if name in (*first, *more)]
     assert [(row["method"], row["edit"]) for row in rows] == [(name, index) for name in names for index in range(3)]
     assert [row for row in rows if row["method"] in first] == before
     assert [row["kind"] for row in rows[:3]] == ["swap", "recolour", "insert"]
