@@ -118,8 +118,8 @@ def _rows(pipe: DPLPipeline, edit: SceneEdit, methods: list[str], args: argparse
             "kind": edit.kind,
             "objects": len(edit.source.shapes),
             "success": succeeded(edit, picture, edited),
-            "background_mse": _mse(picture, edited, kept),
-            "reconstruction_mse": _mse(picture, reconstruction),
+            "background_mse": mse(picture, edited, kept),
+            "reconstruction_mse": mse(picture, reconstruction),
             "unet_calls": sum(stage["unet_calls"] for stage in cost),
             "seconds": sum(stage["seconds"] for stage in cost),
         }
@@ -156,12 +156,13 @@ def looks(pipe: Any, inversion: Inversion, edit: SceneEdit) -> dict[str, float]:
     return {"overlap": overlap, "inside": inside, "leakage": leakage}
 
 
-def _mse(a: Image.Image, b: Image.Image, where: np.ndarray | None = None) -> float:
+def mse(a: Image.Image, b: Image.Image, where: np.ndarray | None = None) -> float:
+    """The mean squared difference of two pictures, 0 to 1, everywhere or ``where``."""
     difference = (np.asarray(a, np.float64) - np.asarray(b, np.float64)) / 255
     return float((difference if where is None else difference[where]).__pow__(2).mean())
 
 
-def _psnr(rows: list[dict[str, Any]], name: str) -> str:
+def psnr(rows: list[dict[str, Any]], name: str) -> str:
     """The mean over the rows, in decibels."""
     return f"{np.mean([-10 * math.log10(max(row[name], 1e-10)) for row in rows]):.1f}"
 
@@ -177,9 +178,9 @@ def quality_table(section: dict[str, Any]) -> str:
         for kind in KINDS_OF_EDIT:
             won = [row["success"] for row in rows if row["kind"] == kind]
             shares.append(f"{sum(won)} of {len(won)}")
-        mse = 1e3 * np.mean([row["background_mse"] for row in rows])
+        rest = 1e3 * np.mean([row["background_mse"] for row in rows])
         calls, seconds = (np.mean([row[name] for row in rows]) for name in ("unet_calls", "seconds"))
-        fidelity = [_psnr(rows, "background_mse"), f"{mse:.2f}", _psnr(rows, "reconstruction_mse")]
+        fidelity = [psnr(rows, "background_mse"), f"{rest:.2f}", psnr(rows, "reconstruction_mse")]
         lines.append([method, *shares, *fidelity, f"{calls:.0f}", f"{seconds:.1f}"])
     head = ["inversion", *KINDS_OF_EDIT, "rest PSNR, dB", "rest MSE, 1e-3", "reconstruction PSNR, dB", "UNet calls"]
     return common.table([*head, "seconds"], lines, left=1) + "\n\n" + _looks_table(section)

@@ -20,12 +20,12 @@ from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusi
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import common
-from benchmarks.editing import NULL, WINDOWS, _dpl, _mse, _psnr, succeeded
+from benchmarks import common, editing
+from benchmarks.editing import WINDOWS, mse, psnr, succeeded
 from benchmarks.oracle import SHAPES_SD, digest
 from benchmarks.pages import Section, add_report, finish, keep, resume, run, shared_arguments
 from diffusion_attn.core.session import bind_call
-from diffusion_attn.editing.inversion import ddim_invert, direct_inversion, null_text
+from diffusion_attn.editing.inversion import ddim_invert
 from diffusion_attn.metrics.cost import measure
 from diffusion_attn.pipelines import DPLPipeline, ViMAEditPipeline
 from diffusion_attn.shapes.edits import KINDS_OF_EDIT, SceneEdit, scene_edits
@@ -84,15 +84,15 @@ class Bench:
             **options,
         )
 
-    def by_prompt_to_prompt(self, edit: SceneEdit, picture: Image.Image, invert: Any, blend: bool) -> Any:
-        """The output after an inversion by ``invert(pipe, plain inversion, edit, guidance)``."""
+    def by_prompt_to_prompt(self, edit: SceneEdit, picture: Image.Image, inversion: str, blend: bool) -> Any:
+        """The output after one of the inversions of `benchmarks.editing`."""
         pipe = self.inverting
         source, target = edit.prompts
         plain = ddim_invert(pipe, pipe.encode_image(picture), source, num_inference_steps=self.steps)
         cross, own = WINDOWS[edit.kind]
         return pipe(
             target_prompt=target,
-            inversion=invert(pipe, plain, edit, self.guidance),
+            inversion=editing.METHODS[inversion](pipe, plain, edit, self.guidance),
             guidance_scale=self.guidance,
             cross_replace_steps=cross,
             self_replace_steps=own,
@@ -142,24 +142,12 @@ def _ledits(stock: Any) -> Any:
     return pipe
 
 
-def _null(pipe: Any, inversion: Any, edit: SceneEdit, guidance: float) -> Any:
-    return null_text(pipe, inversion, guidance_scale=guidance, **{**NULL, "num_null_steps": 3})
-
-
-def _dpl_short(pipe: Any, inversion: Any, edit: SceneEdit, guidance: float) -> Any:
-    return _dpl(pipe, inversion, edit, guidance, num_word_steps=1, num_null_steps=3)
-
-
-def _direct(pipe: Any, inversion: Any, edit: SceneEdit, guidance: float) -> Any:
-    return direct_inversion(pipe, inversion)
-
-
 METHODS: dict[str, Callable[[Bench, SceneEdit, Image.Image], Any]] = {
     **{name: lambda b, e, p, o=options: b.by_vimaedit(e, p, o) for name, options in PARTS.items()},
-    "direct inversion": lambda b, e, p: b.by_prompt_to_prompt(e, p, _direct, False),
-    "direct inversion, local blend": lambda b, e, p: b.by_prompt_to_prompt(e, p, _direct, True),
-    "null-text, 3 updates, local blend": lambda b, e, p: b.by_prompt_to_prompt(e, p, _null, True),
-    "DPL, 1 and 3 updates, local blend": lambda b, e, p: b.by_prompt_to_prompt(e, p, _dpl_short, True),
+    "direct inversion": lambda b, e, p: b.by_prompt_to_prompt(e, p, "direct", False),
+    "direct inversion, local blend": lambda b, e, p: b.by_prompt_to_prompt(e, p, "direct", True),
+    "null-text, 3 updates, local blend": lambda b, e, p: b.by_prompt_to_prompt(e, p, "null-text, 3 updates", True),
+    "DPL, 1 and 3 updates, local blend": lambda b, e, p: b.by_prompt_to_prompt(e, p, "DPL, 1 and 3 updates", True),
     "LEDITS++ of diffusers": lambda b, e, p: b.by_ledits(e, p),
 }
 """Ways to edit, each an output with ``images``."""
@@ -206,7 +194,7 @@ def _row(bench: Bench, edit: SceneEdit, name: str) -> dict[str, Any]:
         "method": name,
         "kind": edit.kind,
         "success": succeeded(edit, picture, edited),
-        "background_mse": _mse(picture, edited, ~edit.editable(bench.side)),
+        "background_mse": mse(picture, edited, ~edit.editable(bench.side)),
         "iou": None if mask is None or edit.kind == "insert" else _overlap(mask, edit.changing(bench.side)),
         "seconds": cost.seconds,
         "peak_mb": cost.peak_bytes / 1e6,
@@ -232,9 +220,9 @@ def table(section: dict[str, Any]) -> str:
             shares.append(f"{sum(won)} of {len(won)}")
         overlaps = [row["iou"] for row in rows if row["iou"] is not None]
         iou = f"{np.mean(overlaps):.3f}" if overlaps else ""
-        psnr = "" if method == BASELINES[0] else _psnr(rows, "background_mse")
+        kept = "" if method == BASELINES[0] else psnr(rows, "background_mse")
         cost = [f"{median(row['seconds'] for row in rows):.2f}", f"{median(row['peak_mb'] for row in rows):.0f}"]
-        lines.append([method, *shares, psnr, iou, *cost])
+        lines.append([method, *shares, kept, iou, *cost])
     head = ["method", *KINDS, "rest PSNR, dB", "mask IoU", "seconds", "peak MB"]
     return common.table(head, lines, left=1)
 

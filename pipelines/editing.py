@@ -21,7 +21,7 @@ from transformers import (
 
 from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.unet_layout import Size
-from diffusion_attn.editing.network import scale_of
+from diffusion_attn.editing.network import has_adapters, scale_of
 from diffusion_attn.editing.prompts import known_tokens
 
 Words = str | Sequence[str]
@@ -161,8 +161,7 @@ class EditingPipeline(DiffusionPipeline):
         Raises:
             ValueError: it has adapters and there are no embeddings, or the other way round.
         """
-        adapted = self.unet.config.encoder_hid_dim_type == "ip_image_proj"
-        if adapted != (embeds is not None):
+        if has_adapters(self.unet) != (embeds is not None):
             raise ValueError(
                 "ip_adapter_image_embeds are needed while an IP-Adapter is loaded, and only then; give them, or call "
                 "load_ip_adapter or unload_ip_adapter on the pipeline that this one was made from."

@@ -7,29 +7,42 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_processor import (
-    IPAdapterAttnProcessor,
-    IPAdapterAttnProcessor2_0,
-    IPAdapterXFormersAttnProcessor,
-)
 from diffusers.models.embeddings import ImageProjection
+from PIL import Image
 
 from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.editing.guidance import image_guidance_embeds
+from diffusion_attn.editing.network import has_adapters
+from diffusion_attn.editing.processors import ADAPTERS
 
 Layout = Literal["contrastive", "per_branch"]
 
 
-def has_adapters(unet: Any) -> bool:
-    """Whether an IP-Adapter is loaded."""
-    return unet.config.encoder_hid_dim_type == "ip_image_proj"
+def adapter_embeds(
+    pipe: Any,
+    images: Sequence[Any],
+    sources: Sequence[str],
+    targets: Sequence[str],
+    scale: float | None,
+    layout: Layout,
+) -> list[torch.Tensor] | None:
+    """Embeddings ``(4 * pairs, 1, D)`` for each adapter, zeros at a ``scale`` of 0; ``None`` without adapters.
+
+    Raises:
+        UnsupportedModelError: an adapter cannot be told of a picture.
+        ValueError: an encoder is missing, or a picture is given as latents.
+    """
+    if not has_adapters(pipe.unet):
+        return None
+    if scale == 0:
+        return _no_images(pipe.unet, 4 * len(targets))
+    return estimate_target_embeds(pipe, [_picture(pipe, x) for x in images], sources, targets, layout)
 
 
 @contextmanager
 def adapter_scale(unet: Any, scale: float | None) -> Iterator[None]:
     """All image adapters of ``unet`` at ``scale`` for a block of code; ``None`` leaves them alone."""
-    kinds = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
-    processors = [x for x in unet.attn_processors.values() if isinstance(x, kinds)]
+    processors = [x for x in unet.attn_processors.values() if isinstance(x, ADAPTERS)]
     before = [processor.scale for processor in processors]
     try:
         for processor in processors if scale is not None else ():
@@ -38,26 +51,6 @@ def adapter_scale(unet: Any, scale: float | None) -> Iterator[None]:
     finally:
         for processor, known in zip(processors, before, strict=True):
             processor.scale = known
-
-
-def no_images(unet: Any, rows: int) -> list[torch.Tensor]:
-    """Embeddings ``(rows, 1, D)`` for adapters whose scale is 0.
-
-    Raises:
-        UnsupportedModelError: an adapter is of an unknown kind.
-    """
-    zeros = []
-    for projection in unet.encoder_hid_proj.image_projection_layers:
-        if isinstance(projection, ImageProjection):
-            zeros.append(torch.zeros(rows, 1, projection.image_embeds.in_features))
-        elif hasattr(projection, "proj_in"):  # of patches
-            zeros.append(torch.zeros(rows, 1, 1, projection.proj_in.in_features))
-        else:
-            raise UnsupportedModelError(
-                f"an IP-Adapter with {type(projection).__name__} is loaded, for which no empty picture is known; call "
-                "unload_ip_adapter(), or give ip_adapter_image_embeds."
-            )
-    return zeros
 
 
 def estimate_target_embeds(
@@ -100,6 +93,38 @@ def estimate_target_embeds(
     of_pairs = zip(seen.split(1), said[0].split(1), said[1].split(1), strict=True)
     rows = [image_guidance_embeds(image, source, target, layout) for image, source, target in of_pairs]
     return [torch.stack(rows, 1).flatten(0, 1)] * len(widths)
+
+
+def _picture(pipe: Any, image: Any) -> Image.Image:
+    """What CLIP looks at: the whole picture."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, torch.Tensor) and image.shape[-3] == pipe.unet.config.in_channels:
+        raise ValueError(
+            "image is given as latents, which CLIP cannot look at; give the picture, or ip_adapter_image_embeds, "
+            "or ip_adapter_scale=0."
+        )
+    return pipe.image_processor.postprocess(pipe.image_processor.preprocess(image), "pil")[0]
+
+
+def _no_images(unet: Any, rows: int) -> list[torch.Tensor]:
+    """Embeddings ``(rows, 1, D)`` for adapters whose scale is 0.
+
+    Raises:
+        UnsupportedModelError: an adapter is of an unknown kind.
+    """
+    zeros = []
+    for projection in unet.encoder_hid_proj.image_projection_layers:
+        if isinstance(projection, ImageProjection):
+            zeros.append(torch.zeros(rows, 1, projection.image_embeds.in_features))
+        elif hasattr(projection, "proj_in"):  # of patches
+            zeros.append(torch.zeros(rows, 1, 1, projection.proj_in.in_features))
+        else:
+            raise UnsupportedModelError(
+                f"an IP-Adapter with {type(projection).__name__} is loaded, for which no empty picture is known; call "
+                "unload_ip_adapter(), or give ip_adapter_image_embeds."
+            )
+    return zeros
 
 
 def _text_encoder(pipe: Any) -> tuple[Any, Any]:

@@ -15,10 +15,12 @@ class EditOutput(BaseOutput):
 
     Attributes:
         images: of the ``T`` targets, in the form that was asked for; latents ``(T, C, h, w)``.
-        source: of the source branch, in the same form; latents ``(1, C, h, w)``.
+        source: of the source branch, in the same form; latents ``(1, C, h, w)``, or one for
+            each pair.
         blend_mask: ``(T, 1, h, w)`` bool, where the last step let the targets differ from the source.
-        variance_mask: ``(1, 1, h, w)`` bool, where the last step added noise.
-        word_maps: ``(1 + T, 1, H, W)``, attention to the words that steer the masks, summed over the steps.
+        variance_mask: ``(T, 1, h, w)`` bool, where the last step added noise.
+        word_maps: ``(1 + T, 1, H, W)``, of pairs ``(2 T, 1, H, W)``, all sources first: attention to the words
+            that steer the masks, summed over the steps.
     """
 
     images: Any

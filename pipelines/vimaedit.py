@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -31,15 +30,10 @@ from diffusion_attn.editing.prompts import ReplaceSteps, Window
 from diffusion_attn.editing.schedulers import EditDDIMScheduler
 from diffusion_attn.editing.text import Conditioning, encode, encode_negative, is_xl
 from diffusion_attn.pipelines.editing import EditingPipeline, Words
-from diffusion_attn.pipelines.image_guidance import (
-    Layout,
-    adapter_scale,
-    estimate_target_embeds,
-    has_adapters,
-    no_images,
-)
+from diffusion_attn.pipelines.image_guidance import Layout, adapter_embeds, adapter_scale
 from diffusion_attn.pipelines.masks import EditMasks, painted_mask
 from diffusion_attn.pipelines.output import EditOutput
+from diffusion_attn.pipelines.pairs import each, paired
 
 BlendWords = tuple[Words, Words]
 
@@ -222,13 +216,8 @@ class ViMAEditPipeline(EditingPipeline):
             DiffusionAttnError: the words attend to everything alike, so that there is no mask.
         """
         self.check_callback(callback_on_step_end_tensor_inputs)
-        _check(
-            {"blend_threshold": blend_threshold, "variance_threshold": variance_threshold},
-            {"mask_start": mask_start, "grounding_gamma": grounding_gamma},
-            {"grounding_iterations": grounding_iterations},
-            edit_mask_mode,
-        )
-        images, sources, targets = _paired(image, source_prompt, target_prompt)
+        _check(blend_threshold, variance_threshold, mask_start, grounding_gamma, grounding_iterations, edit_mask_mode)
+        images, sources, targets = paired(image, source_prompt, target_prompt)
         pairs = len(targets)
         self._check_prompts([*sources, *targets])
         tokens = self._blend_tokens(blend_words, sources, targets)
@@ -253,8 +242,8 @@ class ViMAEditPipeline(EditingPipeline):
             for source, target, window, weights in zip(
                 sources,
                 targets,
-                _each(cross_replace_steps, pairs, "cross_replace_steps"),
-                _each(word_weights, pairs, "word_weights"),
+                each(cross_replace_steps, pairs, "cross_replace_steps"),
+                each(word_weights, pairs, "word_weights"),
                 strict=True,
             )
         ]
@@ -336,14 +325,14 @@ class ViMAEditPipeline(EditingPipeline):
             return [[] for _ in range(2 * pairs)]
         plain = isinstance(blend_words, tuple) or any(isinstance(words, (str, int)) for words in blend_words)
         alone = len(blend_words) == 2 and (pairs == 1 or plain)
-        each = [blend_words] * pairs if alone else blend_words
-        if len(each) != pairs:
+        words_of = [blend_words] * pairs if alone else blend_words
+        if len(words_of) != pairs:
             raise ValueError(
                 f"blend_words is {blend_words!r}; give (source, target), or a list with one of that or None for each "
                 f"of the {pairs} pairs."
             )
         rows = []
-        for source, target, words in zip(sources, targets, each, strict=True):
+        for source, target, words in zip(sources, targets, words_of, strict=True):
             named = words and [[entry] if isinstance(entry, int) else entry for entry in words]
             found = self.word_tokens([source, target], named, "blend_words") if named else [[], []]
             rows.append([[token for word in row for token in word] for row in found])
@@ -415,22 +404,7 @@ class ViMAEditPipeline(EditingPipeline):
                     "unconditional sources, unconditional targets, sources, targets."
                 )
             return embeds
-        if not has_adapters(self.unet):
-            return None
-        if scale == 0:
-            return no_images(self.unet, rows)
-        return estimate_target_embeds(self, [self._picture(x) for x in images], sources, targets, layout)
-
-    def _picture(self, image: Any) -> Image.Image:
-        """What CLIP looks at: the whole picture."""
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        if isinstance(image, torch.Tensor) and image.shape[-3] == self.unet.config.in_channels:
-            raise ValueError(
-                "image is given as latents, which CLIP cannot look at; give the picture, or ip_adapter_image_embeds, "
-                "or ip_adapter_scale=0."
-            )
-        return self.image_processor.postprocess(self.image_processor.preprocess(image), "pil")[0]
+        return adapter_embeds(self, images, sources, targets, scale, layout)
 
     def _text(
         self, embeds: torch.Tensor | None, name: str, pairs: int, encoded: Callable[[], Conditioning]
@@ -466,42 +440,14 @@ class ViMAEditPipeline(EditingPipeline):
         return latents.to(known).expand_as(known)
 
 
-def _paired(image: Any, source: str | Sequence[str], target: str | Sequence[str]) -> tuple[list, list[str], list[str]]:
-    """Pictures, source prompts and target prompts, as many of each."""
-    if isinstance(image, (list, tuple)):
-        images = list(image)
-    else:
-        images = list(image[:, None]) if getattr(image, "ndim", 0) == 4 else [image]
-    sources, targets = ([x] if isinstance(x, str) else list(x) for x in (source, target))
-    counts = {"image": len(images), "source_prompt": len(sources), "target_prompt": len(targets)}
-    pairs = max(counts.values())
-    if any(count not in (1, pairs) for count in counts.values()) or 0 in counts.values():
-        raise ValueError(f"there are {counts}; give as many of each, or one that goes with all.")
-    images, sources, targets = (x * pairs if len(x) == 1 else x for x in (images, sources, targets))
-    return images, sources, targets
-
-
-def _each(value: Any, pairs: int, name: str) -> list[Any]:
-    """What there is one of for all pairs, or a list of one for each; two plain numbers are a window."""
-    window = isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)
-    if not isinstance(value, list) or window:
-        return [value] * pairs
-    if len(value) != pairs:
-        raise ValueError(f"{name} has {len(value)} entries for {pairs} pairs; give one for each, or one for all.")
-    return value
-
-
-def _check(
-    thresholds: Mapping[str, float | None], shares: Mapping[str, float], counts: Mapping[str, int], mode: str
-) -> None:
-    for name, value in thresholds.items():
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"{name} is {value}; give a part of a map's range, 0 to below 1.")
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; give 0 to 1.")
-    for name, value in counts.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}; give 0 or more.")
+def _check(blend: float, variance: float | None, start: float, gamma: float, iterations: int, mode: str) -> None:
+    for name, threshold in {"blend_threshold": blend, "variance_threshold": variance}.items():
+        if threshold is not None and not 0 <= threshold < 1:
+            raise ValueError(f"{name} is {threshold}; give a part of a map's range, 0 to below 1.")
+    for name, share in {"mask_start": start, "grounding_gamma": gamma}.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}; give 0 to 1.")
+    if iterations < 0:
+        raise ValueError(f"grounding_iterations is {iterations}; give 0 or more.")
     if mode not in ("replace", "intersect"):
         raise ValueError(f"edit_mask_mode is {mode!r}; give 'replace' or 'intersect'.")

@@ -94,7 +94,7 @@ def test_every_way_to_edit_and_a_round_trip(tmp_path):
         (["--type", "9"], "has no such items"),
         (["--data", "nowhere"], "has no mapping_file.json"),
         (["--model", "nowhere/else"], "--data is needed"),
-        (["--model", "shapes-flux"], "edits take Stable Diffusion"),
+        (["--model", "shapes-flux"], "edit takes Stable Diffusion"),
         (["--cross", "-1"], "--cross -1"),
         (["--dino", "/nowhere"], "could not be loaded as a vision model"),
     ],

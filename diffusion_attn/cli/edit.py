@@ -8,16 +8,21 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusion_attn.cli import files, models, oracle, vimaedit
+from diffusion_attn.cli import files, inversions, models, oracle, vimaedit
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.pictures import Cell, Row, fit_cell, labelled_grid
 from diffusion_attn.cli.quiet import silence
-from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
-from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.cli.request import (
+    add_model_arguments,
+    check_numbers,
+    check_shares,
+    parse_size,
+    pick_device,
+    pick_dtype,
+)
 
-METHODS = ("p2p", "direct", "null-text", "dpl", "vimaedit")
+METHODS = (*inversions.METHODS, "vimaedit")
 _CROSS, _SELF = 0.8, 0.4
-NULL_TEXT: dict[str, Any] = {"num_null_steps": 10, "null_start": "previous", "null_tolerance": 1e-5}
 
 
 def add_arguments(parser: Any) -> None:
@@ -64,9 +69,7 @@ def run(args: Any) -> int:
     weights = _weights(args)
     _check_words(args, weights)
     check_numbers(args, {"steps": 1, "guidance": 0, "cross": 0, "self": 0, "seed": 0, "ip_scale": 0})
-    for name in ("cross", "self"):
-        if (args[name] or 0) > 1:
-            raise CommandError(f"--{name} {args[name]}: expected a share of the steps, 0 to 1.")
+    check_shares(args, "cross", "self")
     size = None if args.size is None else parse_size(args.size)
     image = _open(args.image)
     mask = None if args.mask is None else _open(args.mask)
@@ -82,11 +85,7 @@ def run(args: Any) -> int:
         files.prepare_folder(Path(args.inversion).expanduser().parent, "--inversion in")
     with silence(args.quiet):
         stock = models.load_model(args.model, pick_dtype(args.dtype, device), device)
-        if getattr(stock, "unet", None) is None:
-            raise UnsupportedModelError(
-                f"--model {args.model!r} is a {type(stock).__name__}; edit takes Stable Diffusion 1, 2 or XL, such as "
-                "the embedded shapes-sd."
-            )
+        models.check_unet(stock, args.model)
         size = size or models.native_size(stock)
         models.check_size(stock, size)
         stock.set_progress_bar_config(disable=args.quiet)
@@ -186,44 +185,34 @@ def _of_words(weights: dict[str, float] | None, target: str) -> dict[str, float]
 
 def _invert(pipe: Any, image: Image.Image, args: Any, settings: dict[str, Any]) -> Any:
     """The inversion of ``--inversion``, or one that is made and kept there; what was interrupted is finished."""
-    from diffusion_attn.editing.inversion import (
-        Inversion,
-        ddim_invert,
-        direct_inversion,
-        dynamic_prompts,
-        null_text,
-    )
+    from diffusion_attn.editing.inversion import Inversion
 
     path = None if args.inversion is None else Path(args.inversion).expanduser()
-    options = {**NULL_TEXT, "guidance_scale": settings["guidance"], "checkpoint": path}
     made = {name: settings[name] for name in ("source", "method", "words", "size", "steps", "guidance")}
     made["pixels"] = hashlib.sha256(image.tobytes()).hexdigest()[:16]
+    begun = None
     if path is not None and path.is_file():
-        inversion = Inversion.load(path)
-        begun = inversion.settings.get("edit")
-        if begun != made:
+        begun = Inversion.load(path)
+        known = begun.settings.get("edit")
+        if known != made:
             raise CommandError(
-                f"--inversion {args.inversion!r} was made with {begun}, and {made} is asked for; name another file, or "
+                f"--inversion {args.inversion!r} was made with {known}, and {made} is asked for; name another file, or "
                 "ask for the same."
             )
-        if inversion.finished:
-            return inversion
-    else:
-        inversion = None
-    if args.method == "dpl":
-        background = None if inversion is None else inversion.background
-        if inversion is None:
-            inversion, background = pipe.segment(image, args.source, args.words, num_inference_steps=settings["steps"])
-    elif inversion is None:
-        latents = pipe.encode_image(image)
-        inversion = ddim_invert(pipe, latents, args.source, num_inference_steps=settings["steps"])
-    inversion.settings["edit"] = made
-    if args.method == "dpl":
-        inversion = dynamic_prompts(pipe, inversion, args.words, background=background, **options)
-    elif args.method == "null-text":
-        inversion = null_text(pipe, inversion, **options)
-    elif args.method == "direct":
-        inversion = direct_inversion(pipe, inversion)
+        if begun.finished:
+            return begun
+    inversion = inversions.invert(
+        pipe,
+        image,
+        args.source,
+        args.method,
+        args.words or [],
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        begun=begun,
+        checkpoint=path,
+        settings={"edit": made},
+    )
     if path is not None:
         inversion.save(path)
     return inversion

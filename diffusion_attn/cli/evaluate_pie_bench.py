@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -19,12 +19,19 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from diffusion_attn.cli import files, models, vimaedit
-from diffusion_attn.cli.edit import METHODS, NULL_TEXT
+from diffusion_attn.cli import files, inversions, models, vimaedit
+from diffusion_attn.cli.edit import METHODS
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.quiet import silence
-from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
-from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
+from diffusion_attn.cli.request import (
+    add_model_arguments,
+    check_numbers,
+    check_shares,
+    parse_size,
+    pick_device,
+    pick_dtype,
+)
+from diffusion_attn.core.errors import DiffusionAttnError
 from diffusion_attn.metrics.cost import measure
 from diffusion_attn.metrics.pie_bench import COLUMNS, KINDS, EditScorer, Item, load, means
 
@@ -73,9 +80,7 @@ def run(args: Any) -> int:
     if find_spec("torchmetrics") is None:
         raise CommandError("evaluate needs torchmetrics, which is not installed; pip install diffusion-attn[metrics].")
     check_numbers(args, {"count": 1, "steps": 1, "guidance": 0, "seed": 0, "cross": 0, "self": 0, "ip_scale": 0})
-    for name in ("cross", "self"):
-        if args[name] > 1:
-            raise CommandError(f"--{name} {args[name]}: expected a share of the steps, 0 to 1.")
+    check_shares(args, "cross", "self")
     wrong = [kind for kind in args.type or () if not 0 <= kind < len(KINDS)]
     if wrong:
         raise CommandError(f"--type {wrong[0]}: expected 0 to {len(KINDS) - 1}.")
@@ -89,11 +94,7 @@ def run(args: Any) -> int:
     with silence(args.quiet):
         scorer = EditScorer.load(dino=args.dino, clip=args.clip, lpips=args.lpips, device=device)
         stock = models.load_model(args.model, pick_dtype(args.dtype, device), device)
-        if getattr(stock, "unet", None) is None:
-            raise UnsupportedModelError(
-                f"--model {args.model!r} is a {type(stock).__name__}; edits take Stable Diffusion 1, 2 or XL, such as "
-                "the embedded shapes-sd."
-            )
+        models.check_unet(stock, args.model)
         models.show_everything(stock)
         stock.set_progress_bar_config(disable=True)
         size = size or models.native_size(stock)
@@ -146,20 +147,16 @@ def _items(args: Any, output: Path) -> list[Item]:
     return items
 
 
-@dataclass
 class _Editors:
-    """Every way to edit an item at the size of the model; pipelines are made when they are first needed."""
+    """Every way to edit an item at the size of the model."""
 
-    stock: Any
-    args: Any
-    settings: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        self._made: dict[str, Any] = {}
+    def __init__(self, stock: Any, args: Any, settings: dict[str, Any]) -> None:
+        self.stock, self.args, self.settings = stock, args, settings
+        self._made: tuple[str, Any] = ("", None)  # the pipeline in use
 
     def prepare(self, name: str) -> None:
         """Load what a method needs, which is not its cost."""
-        if name not in BASELINES[:1]:
+        if name != "copy":
             self._pipe("vimaedit" if name == "vimaedit" else "p2p")
 
     def edit(self, name: str, item: Item, image: Image.Image) -> Edit:
@@ -189,17 +186,12 @@ class _Editors:
         )
 
     def _inverted(self, name: str, item: Item, image: Image.Image) -> Any:
-        from diffusion_attn.editing.inversion import ddim_invert, direct_inversion, dynamic_prompts, null_text
-
         pipe, guidance = self._pipe("p2p"), self.settings["guidance"]
+        words = item.blend_words[:1] if item.blend_words is not None else ()
+        # Without a word to learn, what is left of DPL is null-text inversion.
+        method = "null-text" if name == "dpl" and not words else name
         steps = self.settings["steps"]
-        inversion = ddim_invert(pipe, pipe.encode_image(image), item.source_prompt, num_inference_steps=steps)
-        if name == "direct":
-            inversion = direct_inversion(pipe, inversion)
-        elif name == "dpl" and item.blend_words is not None:
-            inversion = dynamic_prompts(pipe, inversion, item.blend_words[:1], guidance_scale=guidance, **NULL_TEXT)
-        elif name != "p2p":  # without a word to learn, what is left of DPL is null-text inversion
-            inversion = null_text(pipe, inversion, guidance_scale=guidance, **NULL_TEXT)
+        inversion = inversions.invert(pipe, image, item.source_prompt, method, words, steps=steps, guidance=guidance)
         return pipe(
             target_prompt=item.target_prompt,
             inversion=inversion,
@@ -212,19 +204,18 @@ class _Editors:
         )
 
     def _pipe(self, name: str) -> Any:
+        from diffusion_attn.editing.network import has_adapters
         from diffusion_attn.pipelines import DPLPipeline
 
-        if name not in self._made:
-            # An adapter stays in the UNet; Prompt-to-Prompt is to be measured without one.
-            if name == "vimaedit":
-                self._made.clear()
-                self._made[name] = vimaedit.load(self.stock, self.args)
-            else:
-                if self.stock.unet.config.encoder_hid_dim_type == "ip_image_proj":
-                    self.stock.unload_ip_adapter()
-                self._made.clear()
-                self._made[name] = DPLPipeline.from_pipe(self.stock)
-        return self._made[name]
+        known, pipe = self._made
+        if known == name:
+            return pipe
+        # Prompt-to-Prompt is to be measured without the adapter, which stays in the UNet.
+        if has_adapters(self.stock.unet):
+            self.stock.unload_ip_adapter()
+        pipe = vimaedit.load(self.stock, self.args) if name == "vimaedit" else DPLPipeline.from_pipe(self.stock)
+        self._made = (name, pipe)
+        return pipe
 
 
 def _row(

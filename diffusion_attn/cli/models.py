@@ -82,7 +82,7 @@ def load_model(model: str, dtype: Any, device: Any, option: str = "--model") -> 
         if is_out_of_memory(error):
             raise
         remedy = "check the folder" if path.is_dir() else "check the name and the connection, or give a local folder"
-        raise CommandError(f"{option} {model!r} could not be loaded ({_reason(error)}); {remedy}.") from error
+        raise CommandError(f"{option} {model!r} could not be loaded ({reason(error)}); {remedy}.") from error
     missing = [name for name in _NEEDED if name not in _parameters(pipe)]
     if missing:
         raise UnsupportedModelError(
@@ -90,6 +90,19 @@ def load_model(model: str, dtype: Any, device: Any, option: str = "--model") -> 
             "pipeline."
         )
     return pipe
+
+
+def check_unet(pipe: Any, model: str) -> None:
+    """Refuse a pipeline, given as ``--model``, whose pictures cannot be edited.
+
+    Raises:
+        UnsupportedModelError: it has no UNet.
+    """
+    if getattr(pipe, "unet", None) is None:
+        raise UnsupportedModelError(
+            f"--model {model!r} is a {type(pipe).__name__}; edit takes Stable Diffusion 1, 2 or XL, such as the "
+            "embedded shapes-sd."
+        )
 
 
 def add_word_maps_argument(parser: Any) -> None:
@@ -196,7 +209,7 @@ def _parameters(pipe: Any) -> Any:
     return inspect.signature(pipe.__call__).parameters
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first clause of a loader's message, which may run over many lines."""
     message = " ".join(str(error).split()) or type(error).__name__
     return re.split(r"\. | \(", message)[0][:300].rstrip(".")

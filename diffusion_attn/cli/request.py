@@ -131,6 +131,17 @@ def check_numbers(args: Any, least: dict[str, int]) -> None:
             raise CommandError(f"--{name.replace('_', '-')} {value}: expected {bound} or more.")
 
 
+def check_shares(args: Any, *names: str) -> None:
+    """Refuse shares of the steps above 1, where they are given.
+
+    Raises:
+        CommandError: one of them is.
+    """
+    for name in names:
+        if (args[name] or 0) > 1:
+            raise CommandError(f"--{name} {args[name]}: expected a share of the steps, 0 to 1.")
+
+
 def parse_size(text: str) -> Size:
     """``"128"`` or ``"192x128"`` as ``(width, height)`` in pixels.
 

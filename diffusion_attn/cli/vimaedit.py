@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from diffusion_attn.cli import models
 from diffusion_attn.cli.errors import CommandError
 
 CROSS, SELF = 0.4, 0.6
@@ -45,6 +46,7 @@ def load(stock: Any, args: Any) -> Any:
         return ViMAEditPipeline.from_pipe(stock)
     path = Path(adapter).expanduser()
     if path.is_file():
+        _check_file(path)
         folder, subfolder = str(path.parent), ""
     else:
         parts = adapter.split("/")
@@ -59,9 +61,28 @@ def load(stock: Any, args: Any) -> Any:
         pipe = ViMAEditPipeline.from_pipe(stock)
         pipe.load_clip(clip)
     except Exception as error:  # loaders raise whatever the broken file or the connection made them raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise CommandError(
-            f"--ip-adapter {adapter!r} with the CLIP {clip!r} could not be loaded ({reason}); check the names and the "
-            "connection, or give --ip-scale 0 to edit without."
+            f"--ip-adapter {adapter!r} with the CLIP {clip!r} could not be loaded ({models.reason(error)}); check the "
+            "names and the connection, or give --ip-scale 0 to edit without."
         ) from error
     return pipe
+
+
+def _check_file(path: Path) -> None:
+    """Refuse weights of something else, which a loader would find out about by a missing key.
+
+    Raises:
+        CommandError: it is no file of an IP-Adapter.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CommandError(f"--ip-adapter {str(path)!r} is not a safetensors file ({error}); give one.") from error
+    if parts != {"image_proj", "ip_adapter"}:
+        raise CommandError(
+            f"--ip-adapter {str(path)!r} holds other weights than an IP-Adapter's image_proj and ip_adapter; give a "
+            "file such as ip-adapter_sd15.safetensors."
+        )

@@ -39,7 +39,7 @@ class Network:
             text: of the rows.
             added: further conditions, for example ``image_embeds``.
         """
-        if "image_embeds" not in added and self.unet.config.encoder_hid_dim_type == "ip_image_proj":
+        if "image_embeds" not in added and has_adapters(self.unet):
             raise UnsupportedModelError(
                 "an IP-Adapter is loaded, whose pictures an inversion does not know; call unload_ip_adapter() first."
             )
@@ -54,6 +54,11 @@ class Network:
             added_cond_kwargs=added or None,
             return_dict=False,
         )[0].float()
+
+
+def has_adapters(unet: Any) -> bool:
+    """Whether an IP-Adapter is loaded."""
+    return unet.config.encoder_hid_dim_type == "ip_image_proj"
 
 
 def scale_of(pipe: Any) -> int:

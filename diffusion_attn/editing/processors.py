@@ -23,6 +23,9 @@ from diffusion_attn.editing.layers import AttentionLayer
 from diffusion_attn.processors.joint import JointAttnProcessor
 from diffusion_attn.processors.unet import UNetAttnProcessor
 
+ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+"""What diffusers puts on a cross-attention with image adapters."""
+
 Fused = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
@@ -165,7 +168,7 @@ def _shown(mask: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
 
 def _processor(layer: AttentionLayer, control: Control) -> Any:
     current = layer.attn.processor
-    if isinstance(current, (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)):
+    if isinstance(current, ADAPTERS):
         return ControlledIPAdapterAttnProcessor(current, layer, control)
     if is_held(current):
         raise MethodConflictError(

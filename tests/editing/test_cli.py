@@ -14,8 +14,11 @@ from diffusion_attn import shapes
 from diffusion_attn.cli.main import main
 from diffusion_attn.editing.inversion import Inversion
 from diffusion_attn.pipelines import PromptToPromptPipeline
+from diffusion_attn.shapes.models import CLIP, IP_ADAPTER
 from tests import tiny
 
+ADAPTER = str(CLIP / IP_ADAPTER)
+OTHER = str(CLIP / "model.safetensors")
 SOURCE = "a red star above a blue ring on a white background"
 TARGET = SOURCE.replace("star", "square")
 STEM = "a-red-star-above-a-blue-ring-on-a-white-background"
@@ -198,7 +201,12 @@ def test_outside_of_a_mask_the_picture_stays_what_the_autoencoder_makes_of_it(ph
         (("--mask", "PHOTO"), "is not for --method direct"),
         (("--method", "vimaedit", "--mask", "/nowhere"), "'/nowhere' was not found"),
         (("--method", "vimaedit", "--ip-adapter", "nowhere"), "OWNER/NAME/FOLDER/FILE.safetensors"),
-        (("--method", "vimaedit", "--ip-adapter", "PHOTO"), "could not be loaded"),
+        (("--method", "vimaedit", "--ip-adapter", "PHOTO"), "is not a safetensors file"),
+        (("--method", "vimaedit", "--ip-adapter", OTHER), "holds other weights than an IP-Adapter's"),
+        (
+            ("--method", "vimaedit", "--ip-adapter", ADAPTER, "--ip-clip", "nowhere"),
+            "could not be loaded",
+        ),
         (("--method", "vimaedit", "--blend", "star", "lion"), "--blend 'lion' is not a word"),
     ],
 )

@@ -12,7 +12,8 @@ from diffusion_attn.editing.guidance import image_guidance_embeds
 from diffusion_attn.editing.schedulers import EditDDIMScheduler, EditDPMSolverMultistepScheduler
 from diffusion_attn.pipelines import ViMAEditPipeline
 from tests import tiny
-from tests.test_matrix import add_lora, fresh_dynamo, ip_adapter, offload_as_a_whole, offload_sequentially
+from tests.editing.test_pipelines import CHANGES as OTHERS
+from tests.test_matrix import fresh_dynamo, ip_adapter
 from tests.tiny import PROMPT, noise
 
 TARGET = PROMPT.replace("star", "square")
@@ -107,6 +108,8 @@ def test_words_that_are_not_spread_need_no_self_attention(pipe):
     plain = edit(pipe, grounding_iterations=0)
     close(plain.word_maps, edit(pipe, grounding_gamma=1.0).word_maps)
     assert not torch.allclose(plain.word_maps, edit(pipe).word_maps, atol=1e-4)
+    assert edit(pipe, spread_size=4).word_maps.shape == edit(pipe, map_size=2).word_maps.shape == (2, 1, 4, 4)
+    assert edit(pipe, map_size=16).word_maps.shape == (2, 1, 16, 16)
 
 
 def test_rows_that_are_not_guided_are_left_out(pipe):
@@ -172,6 +175,8 @@ def test_pairs_do_not_know_each_other(pipe):
     together = edit(pipe, targets, words, images, latents=latents, variance_noise=drawn, word_weights=weights)
     assert together.blend_mask.shape == (3, 1, 16, 16) and together.word_maps.shape == (6, 1, 8, 8)
     assert together.blend_mask[2].all() and not together.variance_mask[2].any()
+    batch = edit(pipe, targets, words, torch.cat(images), latents=latents, variance_noise=drawn, word_weights=weights)
+    assert torch.equal(batch.images, together.images)
     for pair in range(3):
         one = slice(pair, pair + 1)
         alone = edit(
@@ -331,13 +336,7 @@ def test_v_prediction_ends_at_the_source_too():
 # ---- beside other changes
 
 
-CHANGES = {
-    "nothing": lambda pipe: None,
-    "lora": lambda pipe: add_lora(pipe, "to_q", "to_v"),
-    "offload": offload_as_a_whole,
-    "sequential offload": offload_sequentially,
-    "sliced": lambda pipe: pipe.enable_attention_slicing(),
-}
+CHANGES = {"nothing": lambda pipe: None, **OTHERS}
 
 
 @pytest.mark.parametrize("name", CHANGES)
