@@ -12,7 +12,7 @@ from diffusion_attn.core.errors import (
     MethodConflictError,
     UnsupportedModelError,
 )
-from diffusion_attn.methods import AgentAttention, Clear, HiDiffusion, LinFusion, TokenMerging
+from diffusion_attn.methods import AgentAttention, Clear, HiDiffusion, LinFusion, LowMemory, TokenMerging
 from diffusion_attn.version import __version__
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "GridError",
     "HiDiffusion",
     "LinFusion",
+    "LowMemory",
     "MethodConflictError",
     "TokenMerging",
     "UnsupportedModelError",

@@ -70,13 +70,16 @@ class Attachment:
     _undo: list[Callable[[], object]] = field(default_factory=list)
     _held: list[HeldProcessor] = field(default_factory=list)
 
-    def before(self, module: nn.Module, hook: Callable, *, kwargs: bool = False) -> None:
-        """Register ``hook`` as a forward pre-hook of ``module``."""
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs).remove)
+    def before(self, module: nn.Module, hook: Callable, *, kwargs: bool = False, first: bool = False) -> None:
+        """Register ``hook`` as a forward pre-hook of ``module``, the ``first`` of all that are there if asked."""
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs, prepend=first).remove)
 
-    def after(self, module: nn.Module, hook: Callable) -> None:
-        """Register ``hook`` as a forward hook of ``module``."""
-        self._undo.append(module.register_forward_hook(hook).remove)
+    def after(self, module: nn.Module, hook: Callable, *, last: bool = False) -> None:
+        """Register ``hook`` as a forward hook of ``module``, before those that are there or as the ``last`` of all.
+
+        Hooks of two methods nest so: who changes an input after another changes the output before it.
+        """
+        self._undo.append(module.register_forward_hook(hook, prepend=not last).remove)
 
     def process(self, name: str, attn: Any, processor: Any) -> None:
         """Set ``processor`` on the attention module ``attn`` called ``name``, and keep it there."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 
@@ -36,20 +38,50 @@ def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, eps: 
         from diffusion_attn.ops.kernels.linear_attention import linear_attention_triton
 
         return linear_attention_triton(q, k, v, eps)
-    if torch.amp.is_autocast_available(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):  # it would take the state back to 16 bit
-            return _in_torch(q, k, v, eps)
-    return _in_torch(q, k, v, eps)
-
-
-def _in_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     if torch.compiler.is_compiling():
-        # The compiler fuses the feature map; a loop over chunks would be traced anew for each resolution.
-        return linear_attention_reference(q, k, v, eps=eps)
-    state = _state(k, v)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        with _in_full_precision(q):
+            # The compiler fuses the feature map; a loop over chunks would be traced anew for each resolution.
+            return linear_attention_reference(q, k, v, eps=eps)
+    return attend_to_state(q, state_of(k, v), eps=eps)
+
+
+def state_of(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What linear attention knows of its keys and values: ``S`` and ``z`` side by side.
+
+    A mean over keys: states of parts of the keys, weighted by their numbers, average to the state of all.
+
+    Args:
+        k: ``(batch, heads, key_tokens, head_dim)``, any float dtype.
+        v: ``(batch, heads, key_tokens, value_dim)``.
+
+    Returns:
+        ``(batch, heads, head_dim, value_dim + 1)``, at least float32.
+    """
+    with _in_full_precision(k):
+        parts = []
+        for keys, values in zip(k.split(_CHUNK, dim=2), v.split(_CHUNK, dim=2), strict=True):
+            phi = _features(keys)
+            total = phi.sum(dim=2).unsqueeze(-1)
+            parts.append(torch.cat([phi.transpose(-1, -2) @ values.to(phi.dtype), total], dim=-1))
+        return torch.stack(parts).sum(dim=0) / k.shape[2]
+
+
+def attend_to_state(q: torch.Tensor, state: torch.Tensor, *, eps: float = 1e-4) -> torch.Tensor:
+    """Linear attention of queries ``(batch, heads, tokens, head_dim)`` to the keys behind a state of `state_of`."""
+    with _in_full_precision(q):
+        return _in_chunks(q, state, eps)
+
+
+def _in_full_precision(x: torch.Tensor) -> AbstractContextManager:
+    """Without autocast, which would take the state back to 16 bit."""
+    available = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
+
+
+def _in_chunks(q: torch.Tensor, state: torch.Tensor, eps: float) -> torch.Tensor:
+    if torch.is_grad_enabled() and (q.requires_grad or state.requires_grad):
         return torch.cat([_apply(chunk, state, eps) for chunk in q.split(_CHUNK, dim=2)], dim=2)
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    out = q.new_empty(*q.shape[:-1], state.shape[-1] - 1)
     for chunk, place in zip(q.split(_CHUNK, dim=2), out.split(_CHUNK, dim=2), strict=True):
         place.copy_(_apply(chunk, state, eps))
     return out
@@ -66,15 +98,6 @@ def linear_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 def _features(x: torch.Tensor) -> torch.Tensor:
     """``phi(x)``, in float32 for 16-bit inputs."""
     return F.elu(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).add_(1)
-
-
-def _state(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The state and the normaliser's mean in one matrix ``(batch, heads, head_dim, value_dim + 1)``."""
-    parts = []
-    for keys, values in zip(k.split(_CHUNK, dim=2), v.split(_CHUNK, dim=2), strict=True):
-        phi = _features(keys)
-        parts.append(torch.cat([phi.transpose(-1, -2) @ values.to(phi.dtype), phi.sum(dim=2).unsqueeze(-1)], dim=-1))
-    return torch.stack(parts).sum(dim=0) / k.shape[2]
 
 
 def _apply(q: torch.Tensor, state: torch.Tensor, eps: float) -> torch.Tensor:

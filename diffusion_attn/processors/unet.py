@@ -54,15 +54,26 @@ class UNetAttnProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        query, key, value = self.project(attn, hidden_states, encoder_hidden_states)
-        out = self.attend(attn, query, key, value, attention_mask, encoder_hidden_states is not None, **kwargs)
-        hidden_states = self.project_out(attn, out.flatten(2, 3).to(query.dtype))
+        hidden_states = self.compute(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
         if size is not None:
             hidden_states = hidden_states.transpose(1, 2).unflatten(2, size)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+    def compute(
+        self,
+        attn: Any,
+        hidden: torch.Tensor,
+        context: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The layer between its norms and its residual, ``(batch, tokens, channels)`` to the same."""
+        query, key, value = self.project(attn, hidden, context)
+        out = self.attend(attn, query, key, value, attention_mask, context is not None, **kwargs)
+        return self.project_out(attn, out.flatten(2, 3).to(query.dtype))
 
     def project(
         self, attn: Any, hidden: torch.Tensor, context: torch.Tensor | None
