@@ -61,6 +61,14 @@ class DemoFusion:
         if self.mode not in ("corrected", "official"):
             raise ValueError(f"mode={self.mode!r}: expected 'corrected' or 'official'; give one of them.")
 
+    def check(self, pipe: Any) -> None:
+        """Refuse a pipeline that `refine` cannot work on.
+
+        Raises:
+            UnsupportedModelError: it is not of SDXL, or its scheduler of another kind.
+        """
+        _check_pipeline(pipe)
+
     @torch.no_grad()
     def refine(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.core.unet_layout import Size
 from diffusion_attn.editing.network import has_adapters, scale_of
 from diffusion_attn.editing.prompts import known_tokens
+from diffusion_attn.pipelines.autoencoder import lifted
 
 Words = str | Sequence[str]
 
@@ -124,20 +125,11 @@ class EditingPipeline(DiffusionPipeline):
             pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
 
-    @contextmanager
-    def _vae(self) -> Any:
+    def _vae(self) -> AbstractContextManager[Any]:
         """The autoencoder, in float32 where half precision overflows in it."""
-        vae = self.vae
-        if vae is None:
+        if self.vae is None:
             raise ValueError("this pipeline has no vae; give latents, and ask for output_type='latent'.")
-        lifted = vae.dtype == torch.float16 and vae.config.force_upcast
-        if lifted:
-            vae.to(dtype=torch.float32)
-        try:
-            yield vae
-        finally:
-            if lifted:
-                vae.to(dtype=torch.float16)
+        return lifted(self.vae)
 
     def latent_size(self, height: int | None, width: int | None) -> Size:
         """Height and width in latent cells, from pixels or the model's own.

@@ -5,22 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 
-from diffusion_attn.core.errors import DiffusionAttnError
-
-_MISSING_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+from diffusion_attn.core.errors import DiffusionAttnError, is_out_of_memory
 
 
 class CommandError(DiffusionAttnError):
     """What the command line asks for cannot be done; the message names the argument, its value and the remedy."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out, on any device: only CUDA has an exception of its own for it."""
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MISSING_MEMORY)
 
 
 def sentence(error: BaseException) -> str:

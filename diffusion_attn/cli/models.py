@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from pathlib import Path
 from typing import Any
 
-from diffusion_attn.cli.errors import CommandError, is_out_of_memory
+from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.quiet import silence
-from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.core import sizes
+from diffusion_attn.core.errors import UnsupportedModelError, is_out_of_memory
 from diffusion_attn.methods.checkpoints import local_folder
 
 Size = tuple[int, int]
@@ -123,22 +123,15 @@ def show_everything(pipe: Any) -> None:
 
 
 def native_size(pipe: Any) -> Size:
-    """Width and height in pixels that the model was trained at: its sample size in latent cells, decoded.
-
-    FLUX's transformer records none; its autoencoder does, in pixels.
+    """Width and height in pixels that the model was trained at.
 
     Raises:
         CommandError: the model does not tell.
     """
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    config = getattr(denoiser, "config", None)
-    cells, scale = getattr(config, "sample_size", None), pipe.vae_scale_factor
-    if cells is None:
-        cells, scale = getattr(getattr(getattr(pipe, "vae", None), "config", None), "sample_size", None), 1
-    if cells is None:
+    size = sizes.native_size(pipe)
+    if size is None:
         raise CommandError("--size is needed: this model does not record the size it was trained at.")
-    height, width = (cells, cells) if isinstance(cells, int) else cells
-    return width * scale, height * scale
+    return size[1], size[0]
 
 
 def check_size(pipe: Any, size: Size) -> None:
@@ -147,9 +140,7 @@ def check_size(pipe: Any, size: Size) -> None:
     Raises:
         CommandError: names the nearest size that it can.
     """
-    processor = getattr(pipe, "image_processor", None)
-    scale = processor.config.vae_scale_factor if processor is not None else pipe.vae_scale_factor
-    step = math.lcm(scale, 8)  # stock pipelines ask for multiples of 8, however finely the autoencoder divides
+    step = sizes.size_multiple(pipe)
     if any(side % step for side in size):
         width, height = (max(step, round(side / step) * step) for side in size)
         raise CommandError(
