@@ -306,6 +306,9 @@ class HighResolutionPipeline:
             raise ValueError(f"memory={run.memory!r}: expected 'low', a LowMemory, or None.")
         with tiled(self.image2image.vae, run.tile(self.image2image.vae)):
             pass
+        if run.refine is not None:  # it rounds steps up
+            run.refine.check(self.image2image)
+            return
         steps = run.steps or parameters_of(self.image2image)["num_inference_steps"].default
         for stage in run.stages:
             if stage.strength is not None and math.floor(steps * stage.strength + 1e-6) < 1:
@@ -313,8 +316,6 @@ class HighResolutionPipeline:
                     f"num_inference_steps={steps} with strength={stage.strength} leaves no step at {stage.name}; give "
                     f"{math.ceil(1 / stage.strength)} or more."
                 )
-        if run.refine is not None:
-            run.refine.check(self.image2image)
 
     def _native(self) -> Size:
         size = native_size(self.text2image)

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from diffusion_attn.cli import files, inversions, models, oracle, vimaedit
 from diffusion_attn.cli.errors import CommandError
@@ -71,8 +71,8 @@ def run(args: Any) -> int:
     check_numbers(args, {"steps": 1, "guidance": 0, "cross": 0, "self": 0, "seed": 0, "ip_scale": 0})
     check_shares(args, "cross", "self")
     size = None if args.size is None else parse_size(args.size)
-    image = _open(args.image)
-    mask = None if args.mask is None else _open(args.mask)
+    image = files.open_picture(args.image)
+    mask = None if args.mask is None else files.open_picture(args.mask)
     if mask is not None and mask.size != image.size:
         raise CommandError(
             f"--mask {args.mask!r} is {mask.size} pixels, and the picture {image.size}; give one as large."
@@ -216,16 +216,6 @@ def _invert(pipe: Any, image: Image.Image, args: Any, settings: dict[str, Any]) 
     if path is not None:
         inversion.save(path)
     return inversion
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        with Image.open(Path(path).expanduser()) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise CommandError(f"{path!r} was not found; give a picture file.") from error
-    except (OSError, UnidentifiedImageError) as error:
-        raise CommandError(f"{path!r} cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
 
 
 def _weights(args: Any) -> dict[str, float] | None:

@@ -7,12 +7,16 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
+from PIL import Image, ImageOps
+
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.core.files import TEXT_KEY, save_json, save_png, save_text
 
-__all__ = ["TEXT_KEY", "picture_name", "prepare_folder", "save_json", "save_png", "save_text", "slug"]
+__all__ = ["TEXT_KEY", "open_picture", "picture_name", "prepare_folder", "save_json", "save_png", "save_text", "slug"]
 
 _SLUG_LENGTH = 60
+_MOST_PIXELS = 2**28
+"""Pillow lets in two thirds of that, lest a small file fill the memory; 16384 pixels a side are our work."""
 
 
 def slug(prompt: str) -> str:
@@ -39,3 +43,26 @@ def prepare_folder(folder: Path, option: str = "--output") -> None:
         raise CommandError(
             f"{option} {str(folder)!r} cannot be written ({error.strerror}); choose another folder."
         ) from error
+
+
+def open_picture(path: str) -> Image.Image:
+    """The RGB picture in a file, turned as its camera was held.
+
+    Raises:
+        CommandError: it is not there, no picture, or too large.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the size is looked at here
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise CommandError(
+                    f"{path!r} has {image.width}x{image.height} pixels, and {_MOST_PIXELS} in all is the most; give a "
+                    "smaller picture."
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise CommandError(f"{path!r} was not found; give a picture file.") from error
+    except OSError as error:  # also what is no picture
+        raise CommandError(f"{path!r} cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from diffusion_attn.cli import comparison, files, models, oracle
+from diffusion_attn.cli import comparison, files, ladder, models, oracle
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import Request, add_request_arguments, read_request
 from diffusion_attn.core.calls import call_arguments
@@ -51,6 +52,7 @@ class _Job:
     request: Request
     pipe: Any
     methods: tuple[Method, ...]
+    base_methods: tuple[Method, ...]
     size: models.Size
     settings: dict[str, Any]
     quiet: bool
@@ -78,7 +80,8 @@ class _Job:
 def _prepare(request: Request, quiet: bool) -> _Job:
     pipe = models.load_model(request.model, request.dtype, request.device)
     size = request.size or models.native_size(pipe)
-    models.check_size(pipe, size)
+    if request.ladder is None:  # which draws any size
+        models.check_size(pipe, size)
     below = int(len(request.pictures) > 1)  # the bar that counts pictures
     pipe.set_progress_bar_config(disable=quiet, leave=False, position=below)
     settings = {
@@ -90,11 +93,18 @@ def _prepare(request: Request, quiet: bool) -> _Job:
         "device": str(request.device),
         "versions": _versions(),
     }
-    methods = tuple(method if isinstance(method, Method) else method(pipe) for method in request.methods)
-    if methods:
-        with using(pipe, *methods):
-            pass  # a method that does not serve this model says so before anything is drawn
-    return _Job(request, pipe, methods, size, settings, quiet)
+    methods, base_methods = (
+        tuple(method if isinstance(method, Method) else method(pipe) for method in asked)
+        for asked in (request.methods, request.base_methods)
+    )
+    for chosen in (methods, base_methods):
+        if chosen:
+            with using(pipe, *chosen):
+                pass  # a method that does not serve this model says so before anything is drawn
+    if request.ladder is not None:
+        settings |= {"ladder": request.ladder.ladder, "refine": request.ladder.refine}
+        settings |= {"base_methods": _options(base_methods)}
+    return _Job(request, pipe, methods, base_methods, size, settings, quiet)
 
 
 def _draw_all(job: _Job) -> None:
@@ -126,17 +136,23 @@ def _compare(job: _Job) -> None:
 
 def _draw(job: _Job, methods: tuple[Method, ...], index: int, prompt: str, seed: int) -> tuple[Image.Image, dict]:
     """Draw and save one picture; returns it and what is written beside it."""
-    with measure(job.request.device) as cost:
-        image = _call(job, methods, prompt, seed, job.settings["steps"])
     options = _options(methods)
     settings = {"prompt": prompt, "seed": seed, "methods": options, **job.settings}
     stem = files.picture_name(index, prompt, seed, "+".join(options))
+    stages: dict[str, Any] = {}
+    with measure(job.request.device) as cost:
+        if job.request.ladder is None:
+            image = _call(job, methods, prompt, seed, job.settings["steps"])
+        else:
+            result = _climb(job, methods, prompt, seed, job.request.output / f"{stem}-stages")
+            image, stages = result.images[0], {"stages": ladder.records_of(result)}
     record = {
         "file": f"{stem}.png",
         **settings,
         "seconds": round(cost.seconds, 4),
         "peak_memory_bytes": cost.peak_bytes,
         "oracle": oracle.consult(image, prompt),
+        **stages,
     }
     # The picture comes last, so that one that is there is complete.
     files.save_json(job.request.output / f"{stem}.json", record)
@@ -159,8 +175,26 @@ def _call(job: _Job, methods: tuple[Method, ...], prompt: str, seed: int, steps:
         return job.pipe(**call).images[0]
 
 
+def _climb(job: _Job, methods: tuple[Method, ...], prompt: str, seed: int, folder: Path) -> Any:
+    """A picture by way of its stages, which are kept in ``folder``."""
+    width, height = job.size
+    below = int(len(job.request.pictures) > 1)
+    made = ladder.make_pipeline(job.pipe, methods, job.base_methods, job.quiet, below)
+    return made(
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=job.settings["steps"],
+        guidance_scale=job.settings["guidance"],
+        generator=torch.Generator().manual_seed(seed),
+        **ladder.call_options(job.request.ladder, folder, job.request.base_scale),
+    )
+
+
 def _warm_up(job: _Job) -> None:
     """A step of each that nobody measures: what a first run pays for, such as compiling kernels, would count."""
+    if job.request.ladder is not None:  # minutes long, so that it does not count
+        return
     for methods in job.variants.values():
         _call(job, methods, job.request.prompts[0], job.request.seed, 1)
 

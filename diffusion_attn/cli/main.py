@@ -18,6 +18,7 @@ from diffusion_attn.cli import (
     generate,
     info,
     make_data,
+    upscale,
 )
 from diffusion_attn.cli.errors import sentence
 from diffusion_attn.version import __version__
@@ -25,6 +26,7 @@ from diffusion_attn.version import __version__
 PROGRAM = "diffusion-attn"
 COMMANDS = {
     "generate": generate,
+    "upscale": upscale,
     "attention-map": attention_map,
     "edit": edit,
     "distill": distill,

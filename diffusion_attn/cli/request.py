@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffusion_attn.cli import ladder
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.files import prepare_folder
 from diffusion_attn.cli.method_options import add_method_options, build_methods, check_names
@@ -26,11 +27,15 @@ class Request:
     """The arguments of `generate`, valid and with defaults filled in; ``None`` is left to the model.
 
     ``size`` is ``(width, height)`` in pixels. A method whose weights depend on the model is a function of the pipeline.
+    ``ladder`` has the options of the ladder, ``None``: the picture is drawn at once.
     """
 
     prompts: tuple[str, ...]
     model: str
     methods: tuple[Method | Callable[[Any], Method], ...]
+    base_methods: tuple[Method | Callable[[Any], Method], ...]
+    ladder: Any
+    base_scale: float
     size: Size | None
     steps: int | None
     guidance: float | None
@@ -60,6 +65,9 @@ def add_request_arguments(parser: Any) -> None:
     add("--seed", type=int, default=0, help="image i of each prompt is drawn from seed + i")
     add("--num-images", type=int, default=1, metavar="N", help="images per prompt")
     add("--output", type=str, default="outputs", metavar="DIR", help="folder of the pictures")
+    ladder.add_ladder_arguments(parser)
+    add("--base-method", nargs="+", action="extend", default=[], metavar="NAME", help="methods of the ladder's base")
+    add("--base-scale", type=float, default=1.0, metavar="X", help="the base's sides by the native ones")
     add("--compare", action="store_true", help="draw everything without the methods too, side by side in one picture")
 
 
@@ -84,10 +92,17 @@ def read_request(args: Any) -> Request:
         CommandError: an argument is not what it should be.
     """
     check_names(args.method)
+    check_names(args.base_method)
     prompts = (*(args.prompt or ()), *read_prompts(args.prompts))
     if not prompts:
         raise CommandError("no prompt is given; name at least one, or a file with --prompts.")
-    methods = tuple(build_methods(args.method, args))
+    ladder.check_ladder(args)
+    if args.ladder is None and (args.base_method or args.base_scale != 1.0):
+        raise CommandError("--base-method and --base-scale belong to a ladder; add --ladder auto, or leave them out.")
+    check_numbers(args, {"base_scale": 0.25})
+    names = [*dict.fromkeys((*args.method, *args.base_method))]
+    built = dict(zip(names, build_methods(names, args), strict=True))
+    methods, base_methods = (tuple(built[name] for name in chosen) for chosen in (args.method, args.base_method))
     if args.compare and not methods:
         raise CommandError("--compare needs something to compare the plain model with; name it with --method.")
     size = None if args.size is None else parse_size(args.size)
@@ -102,6 +117,9 @@ def read_request(args: Any) -> Request:
         prompts=prompts,
         model=args.model,
         methods=methods,
+        base_methods=base_methods,
+        ladder=None if args.ladder is None else args,
+        base_scale=args.base_scale,
         size=size,
         steps=args.steps,
         guidance=args.guidance,
@@ -119,7 +137,7 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name or ("float16" if device.type == "cuda" else "float32")]
 
 
-def check_numbers(args: Any, least: dict[str, int]) -> None:
+def check_numbers(args: Any, least: Mapping[str, float]) -> None:
     """Refuse numbers of ``args`` below the ``least``, where they are given.
 
     Raises:

@@ -1,0 +1,104 @@
+"""Enlarge pictures and draw them anew at their new size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusion_attn.cli import files, ladder, models, oracle
+from diffusion_attn.cli.errors import CommandError
+from diffusion_attn.cli.method_options import add_method_options, build_methods, check_names
+from diffusion_attn.cli.quiet import silence
+from diffusion_attn.cli.request import (
+    add_model_arguments,
+    check_numbers,
+    check_shares,
+    parse_size,
+    pick_device,
+    pick_dtype,
+)
+from diffusion_attn.core.method import Method
+
+
+def add_arguments(parser: Any) -> None:
+    """Add the arguments of ``diffusion-attn upscale``."""
+    parser.usage = "diffusion-attn upscale IMAGE [IMAGE ...] [--scale X | --size WxH] [--prompt TEXT] [options]"
+    add = parser.add_argument
+    add("image", type=str, nargs="+", metavar="IMAGE", help="picture files")
+    add("--prompt", type=str, default="", metavar="TEXT", help="what the pictures show; helps much")
+    add("--scale", type=float, metavar="X", help="the result's sides by the picture's; by default 2")
+    add("--size", type=str, metavar="N|WxH", help="pixels of the result, instead of --scale")
+    add("--strength", type=float, help="share of the steps that are drawn anew; by default the ladder's")
+    add_model_arguments(parser)
+    add_method_options(parser)
+    ladder.add_ladder_arguments(parser, "auto")
+    add("--steps", type=int, help="steps of the schedule; by default what the model recommends")
+    add("--guidance", type=float, help="guidance scale, 1 is none; by default what the model recommends")
+    add("--seed", type=int, default=0)
+    add("--output", type=str, default="outputs", metavar="DIR", help="folder of the pictures")
+    add("--quiet", action="store_true", help="show nothing but the error, if there is one")
+
+
+def run(args: Any) -> int:
+    """Enlarge what the parsed ``args`` ask for and return the exit code.
+
+    Raises:
+        DiffusionAttnError: an argument, a picture, the model or a method stands against it.
+    """
+    check_names(args.method)
+    if args.scale is not None and args.size is not None:
+        raise CommandError(f"--scale {args.scale} and --size {args.size!r} exclude each other; give one of them.")
+    check_numbers(args, {"steps": 1, "seed": 0, "guidance": 0, "strength": 0, "scale": 0})
+    check_shares(args, "strength")
+    ladder.check_ladder(args)
+    size = None if args.size is None else parse_size(args.size)
+    methods = build_methods(args.method, args)
+    pictures = [files.open_picture(path) for path in args.image]
+    device = pick_device(args.device)
+    models.check_model(args.model)
+    output = Path(args.output).expanduser()
+    files.prepare_folder(output)
+    with silence(args.quiet):
+        pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
+        made = [method if isinstance(method, Method) else method(pipe) for method in methods]
+        hires = ladder.make_pipeline(pipe, made, (), args.quiet)
+        for path, picture in zip(args.image, pictures, strict=True):
+            width, height = size or (round(side * (args.scale or 2.0)) for side in picture.size)
+            settings = {
+                "image": path,
+                "prompt": args.prompt,
+                "model": args.model,
+                "size": [width, height],
+                "steps": args.steps or models.default_steps(pipe, args.model),
+                "guidance": models.guidance_of(pipe, args.model, args.guidance),
+                "seed": args.seed,
+                "ladder": args.ladder,
+                "refine": args.refine,
+                "methods": [method.name for method in made],
+            }
+            stem = f"{files.slug(Path(path).stem)}-{width}x{height}"
+            result = _upscale(hires, picture, settings, args, output / f"{stem}-stages")
+            record = {**settings, "file": f"{stem}.png", "stages": ladder.records_of(result)}
+            record["oracle"] = oracle.consult(result.images[0], args.prompt)
+            files.save_json(output / f"{stem}.json", record)
+            files.save_png(output / f"{stem}.png", result.images[0], settings)
+            if not args.quiet:
+                print(output / f"{stem}.png")
+    return 0
+
+
+def _upscale(hires: Any, picture: Any, settings: dict[str, Any], args: Any, folder: Path) -> Any:
+    import torch
+
+    width, height = settings["size"]
+    return hires.upscale(
+        picture,
+        args.prompt,
+        height=height,
+        width=width,
+        strength=args.strength,
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance"],
+        generator=torch.Generator().manual_seed(args.seed),
+        **ladder.call_options(args, folder),
+    )
