@@ -28,7 +28,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 import diffusion_attn as da
 from benchmarks import common
 from benchmarks.oracle import SHAPES_SD, Subject, digest
-from benchmarks.pages import Section, add_report, finish, keep, resume, run, shared_arguments
+from benchmarks.pages import Section, add_report, finish, keep, origin, resume, run, shared_arguments
 from diffusion_attn.metrics.cost import measure
 from diffusion_attn.pipelines import HighResolutionPipeline, Ladder, Stage
 from diffusion_attn.pipelines.autoencoder import decode, encode, tiled
@@ -43,6 +43,9 @@ NAME = "high_resolution"
 HIRES_STRENGTH = 0.5
 """Of the second pass of "hires fix": the middle of what is recommended for it."""
 
+WEAK = 0.2
+"""Small models draw small shapes: at the published strengths they make many of one."""
+
 Way = Callable[[Any, int, int], tuple[HighResolutionPipeline, Any]]
 """A way up for ``(pipe, native pixels, wanted pixels)``: the pipeline and its ladder."""
 
@@ -54,8 +57,11 @@ def _at_once(*methods: Any) -> Way:
     return way
 
 
-def _two_passes(pipe: Any, native: int, pixels: int) -> tuple[HighResolutionPipeline, Any]:
-    return HighResolutionPipeline.from_pipe(pipe), [Stage(native, native), Stage(pixels, pixels, HIRES_STRENGTH)]
+def _two_passes(strength: float = HIRES_STRENGTH) -> Way:
+    def way(pipe: Any, native: int, pixels: int) -> tuple[HighResolutionPipeline, Any]:
+        return HighResolutionPipeline.from_pipe(pipe), [Stage(native, native), Stage(pixels, pixels, strength)]
+
+    return way
 
 
 def _ladder(ladder: Ladder, methods: Callable[[Any], list[Any]] = lambda pipe: [], *base: Any) -> Way:
@@ -78,21 +84,24 @@ SD_WAYS: dict[str, Way | None] = {
     ENLARGED: None,
     "plain, at once": _at_once(),
     "HiDiffusion, at once": _at_once(da.HiDiffusion(window_attention=False)),
-    "hires fix: two passes": _two_passes,
+    "hires fix: two passes": _two_passes(),
     "plain ladder": _ladder(Ladder()),
     "LinFusion ladder": _ladder(Ladder(), _linfusion),
     "HiDiffusion at 2x, then LinFusion": _ladder(
         Ladder(base_scale=2), _linfusion, da.HiDiffusion(window_attention=False)
     ),
-    "LinFusion ladder, strength 0.2": _ladder(Ladder(strength=0.2), _linfusion),
+    "hires fix, strength 0.2": _two_passes(WEAK),
+    "plain ladder, strength 0.2": _ladder(Ladder(strength=WEAK, fall=0.0)),
+    "LinFusion ladder, strength 0.2": _ladder(Ladder(strength=WEAK, fall=0.0), _linfusion),
 }
 FLUX_WAYS: dict[str, Way | None] = {
     ENLARGED: None,
     "plain, at once": _at_once(),
-    "hires fix: two passes": _two_passes,
+    "hires fix: two passes": _two_passes(),
     "plain ladder": _ladder(Ladder()),
     "CLEAR cascade": _ladder(Ladder(strength=0.7, fall=0.0, factor=4), _clear),
     "CLEAR ladder": _ladder(Ladder(), _clear),
+    "CLEAR ladder, strength 0.2": _ladder(Ladder(strength=WEAK, fall=0.0), _clear),
 }
 
 
@@ -300,14 +309,7 @@ def seams(args: argparse.Namespace) -> dict[str, Any]:
                     {"size": size, "tile": tile, "norms": name, "psnr": median(values), "worst": float(np.min(values))}
                 )
     settings = {"captions": args.captions, "dtype": args.dtype}
-    return {**resume_free(args), "settings": settings, "rows": rows}
-
-
-def resume_free(args: argparse.Namespace) -> dict[str, Any]:
-    """Where a section comes from that is made in one go."""
-    from benchmarks.pages import origin
-
-    return origin(args)
+    return {**origin(args), "settings": settings, "rows": rows}
 
 
 def seams_table(section: dict[str, Any]) -> str:

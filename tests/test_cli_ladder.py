@@ -101,6 +101,7 @@ def test_upscale(command, tmp_path):
     ("args", "message"),
     [
         (("generate", CAPTION, "--memory", "low"), "--memory belongs to a ladder; add --ladder auto"),
+        (("generate", CAPTION, "--strength", "0.3"), "--strength belongs to a ladder"),
         (("generate", CAPTION, "--resume"), "--resume belongs to a ladder"),
         (("generate", CAPTION, "--base-method", "hidiffusion"), "--base-method and --base-scale belong to a ladder"),
         (("generate", CAPTION, "--ladder", "auto", "--vae-tile", "0"), "--vae-tile 0: expected pixels"),

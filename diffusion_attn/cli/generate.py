@@ -102,7 +102,7 @@ def _prepare(request: Request, quiet: bool) -> _Job:
             with using(pipe, *chosen):
                 pass  # a method that does not serve this model says so before anything is drawn
     if request.ladder is not None:
-        settings |= {"ladder": request.ladder.ladder, "refine": request.ladder.refine}
+        settings |= {name: request.ladder[name] for name in ("ladder", "strength", "refine")}
         settings |= {"base_methods": _options(base_methods)}
     return _Job(request, pipe, methods, base_methods, size, settings, quiet)
 

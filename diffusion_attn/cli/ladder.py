@@ -16,6 +16,7 @@ def add_ladder_arguments(parser: Any, default: str | None = None) -> None:
     add = parser.add_argument
     drawn = f"by default {default}" if default else "by default the picture is drawn at once"
     add("--ladder", choices=PRESETS, default=default, help=f"how a picture grows from the native size; {drawn}")
+    add("--strength", type=float, help="share of the steps of larger stages; by default as the ladder says")
     add("--refine", choices=("demofusion",), help="draw larger stages of SDXL by DemoFusion's loop")
     add("--memory", choices=("low",), help="low: row by row, in chunks, and the autoencoder in tiles; the same picture")
     add("--vae-tile", type=int, metavar="N", help="pixels of a tile of the autoencoder")
@@ -30,7 +31,9 @@ def check_ladder(args: Any) -> None:
     """
     if args.vae_tile is not None and args.vae_tile < 1:
         raise CommandError(f"--vae-tile {args.vae_tile}: expected pixels, 1 or more.")
-    for name in ("refine", "memory", "vae_tile", "resume"):
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise CommandError(f"--strength {args.strength}: expected a share of the steps, above 0 and up to 1.")
+    for name in ("strength", "refine", "memory", "vae_tile", "resume"):
         if args[name] and args.ladder is None:
             hint = " (for a picture drawn at once: --method low_memory)" if name == "memory" else ""
             raise CommandError(f"--{name.replace('_', '-')} belongs to a ladder; add --ladder auto{hint}.")
@@ -56,6 +59,8 @@ def call_options(args: Any, folder: Path, base_scale: float = 1.0) -> dict[str, 
     from diffusion_attn.pipelines import Ladder
 
     ladder = Ladder.PRESETS["demofusion" if args.refine and args.ladder == "auto" else args.ladder]
+    if args.strength is not None:
+        ladder = replace(ladder, strength=args.strength, fall=0.0, least=0.0)
     return {
         "ladder": replace(ladder, base_scale=base_scale),
         "refine": args.refine,

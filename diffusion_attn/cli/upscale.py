@@ -12,7 +12,6 @@ from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import (
     add_model_arguments,
     check_numbers,
-    check_shares,
     parse_size,
     pick_device,
     pick_dtype,
@@ -28,7 +27,6 @@ def add_arguments(parser: Any) -> None:
     add("--prompt", type=str, default="", metavar="TEXT", help="what the pictures show; helps much")
     add("--scale", type=float, metavar="X", help="the result's sides by the picture's; by default 2")
     add("--size", type=str, metavar="N|WxH", help="pixels of the result, instead of --scale")
-    add("--strength", type=float, help="share of the steps that are drawn anew; by default the ladder's")
     add_model_arguments(parser)
     add_method_options(parser)
     ladder.add_ladder_arguments(parser, "auto")
@@ -48,8 +46,7 @@ def run(args: Any) -> int:
     check_names(args.method)
     if args.scale is not None and args.size is not None:
         raise CommandError(f"--scale {args.scale} and --size {args.size!r} exclude each other; give one of them.")
-    check_numbers(args, {"steps": 1, "seed": 0, "guidance": 0, "strength": 0, "scale": 0})
-    check_shares(args, "strength")
+    check_numbers(args, {"steps": 1, "seed": 0, "guidance": 0, "scale": 0})
     ladder.check_ladder(args)
     size = None if args.size is None else parse_size(args.size)
     methods = build_methods(args.method, args)
@@ -73,6 +70,7 @@ def run(args: Any) -> int:
                 "guidance": models.guidance_of(pipe, args.model, args.guidance),
                 "seed": args.seed,
                 "ladder": args.ladder,
+                "strength": args.strength,
                 "refine": args.refine,
                 "methods": [method.name for method in made],
             }
@@ -96,7 +94,6 @@ def _upscale(hires: Any, picture: Any, settings: dict[str, Any], args: Any, fold
         args.prompt,
         height=height,
         width=width,
-        strength=args.strength,
         num_inference_steps=settings["steps"],
         guidance_scale=settings["guidance"],
         generator=torch.Generator().manual_seed(args.seed),
