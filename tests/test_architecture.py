@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "metrics": {"metrics", "core.errors"},
     "processors": {"processors", "ops", "core"},
     "methods": {"methods", "processors", "ops", "core"},
+    "planning": {"planning", "core", "shapes.models"},
     "shapes": {"shapes", "core", "metrics.pie_bench"},
     "editing": {"editing", "processors", "core", "metrics.cost", "version"},
-    "pipelines": {"pipelines", "editing", "core"},
+    "pipelines": {"pipelines", "editing", "methods", "ops", "core", "metrics"},
     "distill": {"distill", "methods", "core", "shapes", "metrics"},
 }
 FOLDERS = {name: ROOT / name for name in ("distill", "pipelines")}  # the others are inside the package

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from itertools import pairwise
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -240,6 +241,22 @@ def test_seams_are_below_what_the_autoencoder_loses(name):
 def test_pictures_pass_through_tensors_unchanged():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 333, 3), np.uint8))
     assert same(to_picture(to_pixels(picture)[0]), picture)
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.flux, tiny.sd3])
+def test_in_half_precision(make):
+    pipe = make().to(torch.bfloat16 if make is tiny.flux else torch.float16)
+    result = run(ladder_of(pipe), memory="low")
+    assert np.asarray(result.images[0]).std() > 1
+    assert pipe.vae.dtype != torch.float32
+
+
+def test_offloaded_models_draw_the_same():
+    pipe = tiny.sd()
+    plain = run(ladder_of(pipe))
+    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"), offload_buffers=True)
+    accelerate.cpu_offload_with_hook(pipe.vae, execution_device=torch.device("cpu"))
+    assert same(run(ladder_of(pipe)).images[0], plain.images[0])
 
 
 # ---- runs that break off

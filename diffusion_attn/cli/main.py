@@ -18,6 +18,7 @@ from diffusion_attn.cli import (
     generate,
     info,
     make_data,
+    plan,
     upscale,
 )
 from diffusion_attn.cli.errors import sentence
@@ -34,6 +35,7 @@ COMMANDS = {
     "distill-cache": cache,
     "evaluate": evaluate,
     "evaluate-pie-bench": evaluate_pie_bench,
+    "plan": plan,
     "info": info,
 }
 """The subcommands: modules with ``add_arguments(parser)`` and ``run(args) -> exit code``."""
