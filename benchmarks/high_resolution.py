@@ -286,7 +286,7 @@ def _plot(section: dict[str, Any], path: Any) -> None:
 def seams(args: argparse.Namespace) -> dict[str, Any]:
     """The autoencoder in tiles, by diffusers alone and with the whole picture's norms, against the whole."""
     rows = []
-    scenes = sample_scenes(args.captions, 0, held_out=True)
+    scenes = list(sample_scenes(args.captions, 0, held_out=True))
     pipe = load_pipeline("shapes-sd", dtype=getattr(torch, args.dtype)).to(args.device)
     for size in args.sizes:
         pictures = [to_pixels(render(scene, size).convert("RGB")) for scene in scenes]

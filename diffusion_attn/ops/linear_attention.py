@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 
 from diffusion_attn.ops.kernels import triton_serves
+from diffusion_attn.ops.precision import without_autocast
 
 _CHUNK = 1024  # tokens; a chunk of all heads of a large model stays in a core's cache
 
@@ -39,7 +38,7 @@ def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, eps: 
 
         return linear_attention_triton(q, k, v, eps)
     if torch.compiler.is_compiling():
-        with _in_full_precision(q):
+        with without_autocast(q):  # it would take the state back to 16 bit
             # The compiler fuses the feature map; a loop over chunks would be traced anew for each resolution.
             return linear_attention_reference(q, k, v, eps=eps)
     return attend_to_state(q, state_of(k, v), eps=eps)
@@ -57,7 +56,7 @@ def state_of(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     Returns:
         ``(batch, heads, head_dim, value_dim + 1)``, at least float32.
     """
-    with _in_full_precision(k):
+    with without_autocast(k):
         parts = []
         for keys, values in zip(k.split(_CHUNK, dim=2), v.split(_CHUNK, dim=2), strict=True):
             phi = _features(keys)
@@ -68,14 +67,8 @@ def state_of(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def attend_to_state(q: torch.Tensor, state: torch.Tensor, *, eps: float = 1e-4) -> torch.Tensor:
     """Linear attention of queries ``(batch, heads, tokens, head_dim)`` to the keys behind a state of `state_of`."""
-    with _in_full_precision(q):
+    with without_autocast(q):
         return _in_chunks(q, state, eps)
-
-
-def _in_full_precision(x: torch.Tensor) -> AbstractContextManager:
-    """Without autocast, which would take the state back to 16 bit."""
-    available = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
 
 
 def _in_chunks(q: torch.Tensor, state: torch.Tensor, eps: float) -> torch.Tensor:

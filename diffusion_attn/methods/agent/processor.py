@@ -10,6 +10,7 @@ import torch
 from diffusion_attn.core.errors import UnsupportedModelError
 from diffusion_attn.methods.agent.block_match import BlockMatch
 from diffusion_attn.ops.agent_attention import agent_attention
+from diffusion_attn.ops.precision import without_autocast
 from diffusion_attn.processors.unet import UNetAttnProcessor
 
 
@@ -59,7 +60,7 @@ class MergedAttnProcessor(UNetAttnProcessor):
         if upcast:
             query, key, value = query.float(), key.float(), value.float()
         # Under autocast the products would go back to 16 bits.
-        with torch.autocast(query.device.type, enabled=False) if upcast else nullcontext():
+        with without_autocast(query) if upcast else nullcontext():
             if agents is None:
                 out = self.attend(attn, query, key, value, None, cross=False)
             else:
