@@ -123,7 +123,8 @@ def test_a_folder_is_planned_from_its_configs(make, tmp_path, plan):
     make().save_pretrained(tmp_path / "model")
     for file in (tmp_path / "model").rglob("*.safetensors"):
         file.unlink()
-    told = plan("--model", str(tmp_path / "model"), "--size", "192x128", "--dtype", "float32", "--batch", "1")
+    args = ("--size", "192x128", "--dtype", "float32", "--batch", "1", "--method", "low_memory")
+    told = plan("--model", str(tmp_path / "model"), *args)
     assert told["dtype"] == "float32" and told["batch"] == 1 and told["methods"][0]["flops"] > 0
 
 

@@ -38,19 +38,19 @@ WIDE["unet"][1].update(layers_per_block=1, norm_num_groups=32, attention_head_di
 WIDE["flux"][1].update(num_layers=1, num_single_layers=1, axes_dims_rope=(16, 24, 24))
 WIDE["sd3"][1].update(caption_projection_dim=192)
 PLANS = {
-    "unet": ("unet", (80, 80), lambda model: ()),
-    "unet linfusion": ("unet", (80, 80), lambda model: (da.LinFusion.for_model(model),)),
-    "unet hidiffusion": ("unet", (80, 80), lambda model: (da.HiDiffusion(),)),
-    "unet agent": ("unet", (80, 80), lambda model: (da.AgentAttention(),)),
+    "unet": ("unet", (64, 64), lambda model: ()),
+    "unet linfusion": ("unet", (64, 64), lambda model: (da.LinFusion.for_model(model),)),
+    "unet hidiffusion": ("unet", (64, 64), lambda model: (da.HiDiffusion(),)),
+    "unet agent": ("unet", (64, 64), lambda model: (da.AgentAttention(),)),
     # Skips have to go to the disk: on a CPU those that are parked there stay where they are.
-    "unet low_memory": ("unet", (80, 80), lambda model: (LowMemory(park_skips="disk"),)),
+    "unet low_memory": ("unet", (64, 64), lambda model: (LowMemory(park_skips="disk"),)),
     "unet linfusion low_memory": (
         "unet",
-        (80, 80),
+        (64, 64),
         lambda model: (da.LinFusion.for_model(model), LowMemory(park_skips="disk")),
     ),
-    "flux": ("flux", (96, 112), lambda model: ()),
-    "flux clear": ("flux", (96, 112), lambda model: (Clear(radius=6),)),
+    "flux": ("flux", (64, 96), lambda model: ()),
+    "flux clear": ("flux", (64, 96), lambda model: (Clear(radius=6),)),
     "sd3": ("sd3", (96, 96), lambda model: ()),
 }
 BY_STEP = ("unet hidiffusion", "unet agent")
