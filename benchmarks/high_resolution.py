@@ -341,7 +341,7 @@ SECTIONS = {
         "How cost grows",
         "One pass of SD 1.5's layout with fewer channels and random weights, one row, float32, as the latent grows. "
         "*Exponent*: growth of time and memory from the line above as a power of the number of latent cells; 1 is "
-        "linear. SDPA ends where a pass would take longer than the limit of the command. Peak memory is what a pass needs "
+        "linear. SDPA ends where a pass would take longer than the command's limit. Peak memory is what a pass needs "
         "above weights. Skips are parked on disk, as there is no other place on a CPU.",
         lambda section: scale_table(section),
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import nn
 
 from diffusion_attn.core.sizes import Size
@@ -117,8 +118,10 @@ def _normalised_as(network: nn.Module, run: Callable[[], Any]) -> Iterator[None]
         groups = args[0].float().unflatten(1, (norm.num_groups, -1))
         variance, mean = (x.view(*x.shape, *(1,) * (groups.ndim - 2)) for x in seen[norm])
         x = ((groups - mean) * torch.rsqrt(variance + norm.eps)).flatten(1, 2)
-        weight, bias = (p.view(-1, *(1,) * (x.ndim - 2)) for p in (norm.weight, norm.bias))
-        return (x * weight + bias).to(output.dtype)
+        with align_module_device(norm, x.device):  # what offloads parameters has taken them away again
+            shape = (-1, *(1,) * (x.ndim - 2))
+            weight, bias = (p.to(x.device).view(shape) for p in (norm.weight, norm.bias))
+            return (x * weight + bias).to(output.dtype)
 
     with ExitStack() as stack:
         for norm in norms:

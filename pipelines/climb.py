@@ -83,16 +83,26 @@ class Run:
         own = self.refine_guidance if self.refine_guidance is not None else self.rule.guidance_scale
         return self.guidance if own is None else own
 
-    @property
-    def low_memory(self) -> tuple[LowMemory, ...]:
-        """The exact switches, if they are asked for."""
+    def methods_of(self, base: bool) -> tuple[Method, ...]:
+        """What is in force at the base, or above it; ``memory`` takes the place of a `LowMemory` among the methods."""
+        methods = self.base_methods if base else self.methods
         if self.memory is None:
-            return ()
-        return (LowMemory(),) if isinstance(self.memory, str) else (self.memory,)
+            return methods
+        low = LowMemory() if isinstance(self.memory, str) else self.memory
+        return (*(method for method in methods if not isinstance(method, LowMemory)), low)
 
-    def negative_of(self, index: int) -> str | None:
-        """The negative prompt of picture ``index``, if there is one."""
-        given = self.kwargs.get("negative_prompt")
+    @property
+    def texts(self) -> list[str]:
+        """The arguments that are a text, or one for each picture."""
+        return [
+            name
+            for name, value in self.kwargs.items()
+            if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+        ]
+
+    def text_of(self, name: str, index: int) -> str | None:
+        """The text ``name``, such as ``"negative_prompt"``, of picture ``index``, if there is one."""
+        given = self.kwargs.get(name)
         return given[index] if isinstance(given, list) else given
 
     def tile(self, vae: Any) -> int | None:
@@ -123,7 +133,7 @@ class Climb:
         """Draw a stage from noise, or from the pictures of the stage before."""
         base = stage.strength is None
         pipe = self.text2image if base else self.image2image
-        methods = (*(self.run.base_methods if base else self.run.methods), *self.run.low_memory)
+        methods = self.run.methods_of(base)
         try:
             with ExitStack() as stack, measure(pipe._execution_device) as cost:
                 if methods:
@@ -144,9 +154,8 @@ class Climb:
         }
         paths = []
         if self.files is not None:
-            if self._anchors_needed(stage):
-                self.files.save_latents(torch.cat(self.anchors), "base")
-            paths = self.files.save(number, stage, drawn, record)
+            latents = torch.cat(self.anchors) if self._anchors_needed(stage) else None
+            paths = self.files.save(number, stage, drawn, record, latents)
         return StageResult(stage, drawn, **record, files=paths)
 
     def _base(self, stage: Stage, index: int) -> Image.Image:
@@ -198,7 +207,7 @@ class Climb:
             num_inference_steps=call["num_inference_steps"],
             guidance_scale=call.get("guidance_scale", parameters_of(pipe)["guidance_scale"].default),
             prompt=run.prompts[index],
-            negative_prompt=run.negative_of(index),
+            negative_prompt=run.text_of("negative_prompt", index),
             anchor=None if run.upscales else self.anchors[index],
             generator=call["generator"],
             size=(run.stages[-1].height, run.stages[-1].width),
@@ -210,8 +219,7 @@ class Climb:
         takes = parameters_of(pipe)
         default = takes["num_inference_steps"].default
         own = {name: value for name, value in self.run.kwargs.items() if name in takes}
-        if own.get("negative_prompt") is not None:
-            own["negative_prompt"] = [self.run.negative_of(index)]
+        own |= {name: [self.run.text_of(name, index)] for name in self.run.texts if name in own}
         return {
             **call_arguments(pipe, [self.run.prompts[index]], guidance),
             "num_inference_steps": self.run.steps or default,
@@ -224,14 +232,14 @@ class Climb:
 
     def _load_anchors(self) -> bool:
         assert self.files is not None
-        latents = self.files.load_latents("base")
+        latents = self.files.load_latents()
         self.anchors = [] if latents is None else list(latents.to(self.text2image._execution_device).split(1))
         return latents is not None
 
     def _remedy(self, number: int, stage: Stage) -> str:
         tries = [] if self.run.memory is not None else ["memory='low'"]
         tile = self.run.tile(self.image2image.vae)
-        tries.append("vae_tile=512" if tile is None else f"vae_tile={max(tile // 2, 64)}")
+        tries.append("vae_tile=512" if tile is None else f"vae_tile={max(tile // 128 * 64, 64)}")
         if not self.run.methods:
             tries.append("a method that is linear in pixels, such as LinFusion or CLEAR,")
         done = f"{number - 1} of {len(self.run.stages)} stages are finished"

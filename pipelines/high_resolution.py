@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
+from diffusers import AutoencoderKL, AutoPipelineForImage2Image, AutoPipelineForText2Image
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,8 +25,8 @@ from diffusion_attn.pipelines.demofusion import DemoFusion
 from diffusion_attn.pipelines.ladder import Ladder, Stage
 from diffusion_attn.pipelines.stage_files import StageFiles, digest
 
-_PLAIN = (str, int, float, bool, list)
-"""Options of these types can be told apart from run to run; pictures and functions cannot."""
+_OURS = ("image", "latents", "output_type", "return_dict", "num_images_per_prompt")
+"""Arguments of stock pipelines that a stage makes itself."""
 
 
 @dataclass
@@ -64,6 +64,11 @@ class HighResolutionPipeline:
         self.finished: list[StageResult] = []
         """The stages of the last run that were finished, also where it broke off."""
         self._bar: dict[str, Any] = {}
+        if not isinstance(image2image.vae, AutoencoderKL):
+            raise UnsupportedModelError(
+                f"the autoencoder is an {type(image2image.vae).__name__}, and an AutoencoderKL is what encodes and "
+                "decodes here; give the pipeline the one that it was published with."
+            )
         for chosen in (self.methods, self.base_methods):
             if chosen:
                 with using(self.image2image, *chosen):
@@ -267,18 +272,26 @@ class HighResolutionPipeline:
         states = [generator and generator.get_state() for generator in run.generators]
         self.finished = []
         bar = tqdm(stages, desc="stages", unit="stage", **{"leave": False, **self._bar})
-        for number, stage in enumerate(bar, 1):
-            bar.set_postfix_str(stage.name)
-            result = climb.resumed(number, stage) if files is not None else None
-            if result is None:
-                for each, state in zip(run.generators, states, strict=True):
-                    if each is not None:
-                        each.set_state(state)
-                result = climb.draw(number, stage, images)
-            images = result.images
-            self.finished.append(result)
-            if callback_on_stage_end is not None:
-                callback_on_stage_end(result)
+
+        def rewind() -> None:
+            for each, state in zip(run.generators, states, strict=True):
+                if each is not None:
+                    each.set_state(state)
+
+        try:
+            for number, stage in enumerate(bar, 1):
+                bar.set_postfix_str(stage.name)
+                result = climb.resumed(number, stage) if files is not None else None
+                if result is None:
+                    rewind()
+                    result = climb.draw(number, stage, images)
+                images = result.images
+                self.finished.append(result)
+                if callback_on_stage_end is not None:
+                    callback_on_stage_end(result)
+        except BaseException:
+            rewind()  # so that the same call, with resume=True, is the same run
+            raise
         assert images is not None
         return HighResolutionOutput([_cut(image, target) for image in images], self.finished)
 
@@ -295,13 +308,19 @@ class HighResolutionPipeline:
             )
         if len(run.generators) != len(run.prompts):
             raise ValueError(f"generator holds {len(run.generators)}; give one for each of {len(run.prompts)} prompts.")
-        negatives = run.kwargs.get("negative_prompt")
-        if isinstance(negatives, list) and len(negatives) != len(run.prompts):
-            raise ValueError(f"negative_prompt holds {len(negatives)}; give one, or one for each prompt.")
+        run.kwargs = {name: list(x) if isinstance(x, tuple) and _all_text(x) else x for name, x in run.kwargs.items()}
+        for name in run.texts:
+            given = run.kwargs[name]
+            if isinstance(given, list) and len(given) != len(run.prompts):
+                raise ValueError(f"{name} holds {len(given)}; give one, or one for each prompt.")
         takes = {name for pipe in (self.text2image, self.image2image) for name in parameters_of(pipe)}
         for name in run.kwargs:
-            if name not in takes or name in ("image", "output_type", "return_dict", "num_images_per_prompt"):
+            if name == "strength":
+                raise TypeError("'strength' differs from stage to stage; give ladder=Ladder(strength=...), or stages.")
+            if name not in takes or name in _OURS:
                 raise TypeError(f"{name!r} is no argument of a run on {type(self.text2image).__name__}; leave it out.")
+            if run.refine is not None and name != "negative_prompt":
+                raise TypeError(f"{name!r} is no argument of DemoFusion's loop; leave it out, or leave refine out.")
         if not (run.memory in (None, "low") or isinstance(run.memory, LowMemory)):
             raise ValueError(f"memory={run.memory!r}: expected 'low', a LowMemory, or None.")
         with tiled(self.image2image.vae, run.tile(self.image2image.vae)):
@@ -310,8 +329,10 @@ class HighResolutionPipeline:
             run.refine.check(self.image2image)
             return
         steps = run.steps or parameters_of(self.image2image)["num_inference_steps"].default
+        if hasattr(self.image2image, "transformer"):  # flow matching rounds up, too
+            return
         for stage in run.stages:
-            if stage.strength is not None and math.floor(steps * stage.strength + 1e-6) < 1:
+            if stage.strength is not None and int(steps * stage.strength) < 1:
                 raise ValueError(
                     f"num_inference_steps={steps} with strength={stage.strength} leaves no step at {stage.name}; give "
                     f"{math.ceil(1 / stage.strength)} or more."
@@ -339,7 +360,10 @@ class HighResolutionPipeline:
             "refine": str(run.refine) if run.refine else None,
             "generators": [digest(generator) for generator in run.generators],
             "from": None if images is None else [sha256(image.tobytes()).hexdigest()[:16] for image in images],
-            "options": {name: run.kwargs[name] for name in sorted(run.kwargs) if isinstance(run.kwargs[name], _PLAIN)},
+            "static_shift": run.rule.static_shift,
+            "scheduler": type(self.text2image.scheduler).__name__,
+            "dtype": str(self.text2image.dtype),
+            "options": {name: told for name in sorted(run.kwargs) if (told := _told(run.kwargs[name])) is not None},
         }
 
 
@@ -384,3 +408,22 @@ def _described(methods: Sequence[Method]) -> list[str]:
         f"{m.name}({', '.join(f'{f.name}={getattr(m, f.name)!r}' for f in fields(m) if f.repr)})"  # type: ignore[arg-type]
         for m in methods
     ]
+
+
+def _all_text(values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _told(value: Any) -> Any:
+    """An option as JSON tells it: plain values as they are, pictures and tensors by a digest, others not at all."""
+    if isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_told(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): _told(each) for name, each in value.items()}
+    if isinstance(value, Image.Image):
+        return sha256(value.tobytes()).hexdigest()[:16]
+    if isinstance(value, torch.Tensor):
+        return sha256(value.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
+    return None

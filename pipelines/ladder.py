@@ -101,7 +101,12 @@ class Ladder:
         count = max(1, math.ceil(math.log(grows, self.factor) - 0.05)) if grows > 1 else 1
         stages = []
         for index in range(1, count + 1):
-            height, width = (_up(s / self.factor ** (count - index), multiple) for s in target)
+            shrunk = [_up(s / self.factor ** (count - index), multiple) for s in target]
+            # Of another aspect, no side has to become less on the way.
+            height, width = (
+                max(side, min(_up(own, multiple), _up(s, multiple)))
+                for side, own, s in zip(shrunk, start, target, strict=True)
+            )
             stages.append(Stage(height, width, self.strength_of(index, count)))
         return stages
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffusion_attn.core.errors import DiffusionAttnError
@@ -17,7 +18,7 @@ from diffusion_attn.core.files import save_json, save_png
 from diffusion_attn.pipelines.ladder import Stage
 from diffusion_attn.pipelines.pictures import open_png
 
-_MANIFEST = "stages.json"
+_MANIFEST, _LATENTS = "stages.json", "base.safetensors"
 
 
 class StageFiles:
@@ -58,37 +59,48 @@ class StageFiles:
         except OSError:
             return None  # its file is gone or broken: draw it again
 
-    def save(self, number: int, stage: Stage, images: list[Image.Image], record: dict[str, Any]) -> list[Path]:
-        """Write the pictures of a stage and then that it is finished; returns their paths.
+    def save(
+        self,
+        number: int,
+        stage: Stage,
+        images: list[Image.Image],
+        record: dict[str, Any],
+        latents: torch.Tensor | None = None,
+    ) -> list[Path]:
+        """Write the pictures of a stage, and a few ``latents``, and then that it is finished; returns the paths.
 
         Raises:
             DiffusionAttnError: the disk is full, or the folder has become unwritable.
         """
         paths = [self.path(number, stage, index) for index in range(len(images))]
         try:
+            if latents is not None:
+                self._save_latents(latents)
             for path, image in zip(paths, images, strict=True):
                 save_png(path, image, {**self._manifest["settings"], "stage": number})
             self._manifest["stages"][str(number)] = record
             save_json(self.folder / _MANIFEST, self._manifest)
-        except OSError as error:
-            what = "the disk is full" if error.errno == errno.ENOSPC else f"writing failed ({error.strerror or error})"
+        except (OSError, SafetensorError) as error:
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            what = "the disk is full" if full else f"writing failed ({error})"
             raise DiffusionAttnError(
                 f"stage {number} ({stage.name}) is not saved: {what} in output_dir={str(self.folder)!r}; make room and "
                 "go on with resume=True."
             ) from error
         return paths
 
-    def save_latents(self, latents: torch.Tensor, name: str) -> None:
-        """Keep a few latents beside the pictures."""
-        path = self.folder / f"{name}.safetensors"
-        temporary = path.with_name(f".{path.name}.part")
-        save_file({name: latents.cpu().contiguous()}, temporary)
-        temporary.replace(path)
+    def load_latents(self) -> torch.Tensor | None:
+        """The latents that were kept, if there are any."""
+        path = self.folder / _LATENTS
+        return load_file(path)["latents"] if path.is_file() else None
 
-    def load_latents(self, name: str) -> torch.Tensor | None:
-        """What `save_latents` has kept, if it has."""
-        path = self.folder / f"{name}.safetensors"
-        return load_file(path)[name] if path.is_file() else None
+    def _save_latents(self, latents: torch.Tensor) -> None:
+        temporary = self.folder / f".{_LATENTS}.part"
+        try:
+            save_file({"latents": latents.cpu().contiguous()}, temporary)
+            temporary.replace(self.folder / _LATENTS)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def path(self, number: int, stage: Stage, index: int) -> Path:
         """Where picture ``index`` of a stage is."""

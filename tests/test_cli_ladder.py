@@ -90,11 +90,11 @@ def test_upscale(command, tmp_path):
     tiny.picture().resize((60, 40)).save(tmp_path / "My photo.png")
     args = ("upscale", tmp_path / "My photo.png", "--prompt", CAPTION, "--strength", "0.5", "--memory", "low")
     assert command(*args) == 0
-    assert pixels(tmp_path / "out" / "my-photo-120x80.png").shape == (80, 120, 3)
-    record = json.loads((tmp_path / "out" / "my-photo-120x80.json").read_text())
+    assert pixels(tmp_path / "out" / "0000-my-photo-120x80.png").shape == (80, 120, 3)
+    record = json.loads((tmp_path / "out" / "0000-my-photo-120x80.json").read_text())
     assert record["stages"][0]["strength"] == 0.5 and record["oracle"] is not None
     assert command(*args[:4], "--size", "130x70") == 0
-    assert pixels(tmp_path / "out" / "my-photo-130x70.png").shape == (70, 130, 3)
+    assert pixels(tmp_path / "out" / "0000-my-photo-130x70.png").shape == (70, 130, 3)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, EulerDiscreteScheduler
+from diffusers import AutoencoderTiny, AutoPipelineForImage2Image, AutoPipelineForText2Image, EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -185,6 +185,8 @@ def test_demofusion(mode, tmp_path):
     assert same(go(resume=True).images[0], result.images[0])  # with the base's statistics, kept beside it
     enlarged = made.upscale(result.stages[0].images[0], tiny.PROMPT, scale=2, refine=DemoFusion(mode=mode))
     assert enlarged.images[0].size == (128, 128)
+    with pytest.raises(TypeError, match="'guidance_rescale' is no argument of DemoFusion's loop"):
+        go(guidance_rescale=0.5)
 
 
 def test_upscale():
@@ -259,6 +261,31 @@ def test_offloaded_models_draw_the_same():
     assert same(run(ladder_of(pipe)).images[0], plain.images[0])
 
 
+def test_tiles_of_an_autoencoder_whose_weights_are_elsewhere():
+    pipe = tiny.sd()
+    in_tiles = run(ladder_of(pipe), vae_tile=64)
+    accelerate.cpu_offload(pipe.vae, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert same(run(ladder_of(pipe), vae_tile=64).images[0], in_tiles.images[0])
+
+
+def test_low_memory_among_the_methods_is_not_in_the_way():
+    result = run(ladder_of(tiny.sd(), methods=[da.LowMemory(one_row=False)]), memory="low")
+    assert [stage.methods for stage in result.stages] == [["low_memory"]] * 2
+
+
+def test_further_texts_go_with_their_prompts():
+    made = ladder_of(tiny.sdxl())
+    texts = {"negative_prompt": ("red", "blue"), "negative_prompt_2": ["blue", "red"], "prompt_2": "a ring"}
+    both = run(made, ["a cross", "a star"], generator=[generator(1), generator(2)], **texts)
+    second = {"negative_prompt": "blue", "negative_prompt_2": "red", "prompt_2": "a ring"}
+    assert same(both.images[1], run(made, "a star", generator=generator(2), **second).images[0])
+
+
+def test_few_steps_of_flow_matching_are_rounded_up():
+    result = run(ladder_of(tiny.flux()), num_inference_steps=2, ladder=[TWO[0], Stage(208, 144, 0.2)])
+    assert result.images[0].size == (136, 200)
+
+
 # ---- runs that break off
 
 
@@ -305,6 +332,33 @@ def test_other_settings_are_not_gone_on_with(tmp_path):
     run(made, "a green cross", output_dir=tmp_path)  # without resume, begin anew
 
 
+def test_a_generator_that_a_broken_run_has_used_goes_on_with_it(tmp_path):
+    made, g = ladder_of(tiny.sd()), generator()
+    with pytest.raises(Stop):
+        run(made, generator=g, output_dir=tmp_path, callback_on_stage_end=stop_after(1))
+    rest = run(made, generator=g, output_dir=tmp_path, resume=True)
+    assert same(rest.images[0], run(made).images[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_size": (16, 16)},
+        {"cross_attention_kwargs": {"scale": 0.5}},
+        {"guidance_rescale": 0.5},
+        {"negative_prompt": "a cross"},
+        {"prompt_2": ["a ring"]},
+        {"ladder": [TWO[0], Stage(208, 144, 0.8)]},
+    ],
+)
+def test_every_option_is_compared(change, tmp_path):
+    made = ladder_of(tiny.sdxl())
+    few = {"num_inference_steps": 2, "output_dir": tmp_path}
+    run(made, **few)
+    with pytest.raises(da.DiffusionAttnError, match=r"another (options|stages)"):
+        run(made, resume=True, **{**few, **change})
+
+
 def test_a_broken_file_is_drawn_again(tmp_path):
     made = ladder_of(tiny.sd())
     first = run(made, output_dir=tmp_path)
@@ -343,6 +397,18 @@ def test_a_full_disk_names_the_stage(tmp_path, monkeypatch):
     assert list(json.loads((tmp_path / "stages.json").read_text())["stages"]) == ["1"]
 
 
+def test_a_full_disk_under_the_base_of_demofusion(tmp_path, monkeypatch):
+    pipe = tiny.sdxl()
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffusion_attn.pipelines.stage_files.save_file", full)
+    with pytest.raises(da.DiffusionAttnError, match=r"stage 1 .* is not saved: the disk is full"):
+        run(ladder_of(pipe), refine="demofusion", ladder=None, size=(128, 128), output_dir=tmp_path)
+
+
 def test_pictures_beyond_pillows_limit(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     Image.new("RGB", (300, 200), "red").save(path)
@@ -374,6 +440,8 @@ def test_pictures_beyond_pillows_limit(tmp_path, monkeypatch):
         ({"prompt": ["a", "b"]}, ValueError, "one for each"),
         ({"generator": [generator()] * 2}, ValueError, "generator holds 2"),
         ({"eta_": 1}, TypeError, "'eta_' is no argument"),
+        ({"strength": 0.5}, TypeError, r"give ladder=Ladder\(strength=...\)"),
+        ({"latents": torch.zeros(1)}, TypeError, "'latents' is no argument"),
         ({"output_type": "np"}, TypeError, "'output_type' is no argument"),
     ],
 )
@@ -411,6 +479,14 @@ def test_what_has_no_siblings_is_refused():
         HighResolutionPipeline.from_pipe(da.pipelines.PromptToPromptPipeline.from_pipe(pipe))
     with pytest.raises(da.UnsupportedModelError, match="LinFusion"):
         HighResolutionPipeline.from_pipe(tiny.flux(), methods=[da.LinFusion.for_model(pipe.unet)])
+    pipe.vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    with pytest.raises(da.UnsupportedModelError, match="AutoencoderTiny"):
+        HighResolutionPipeline.from_pipe(pipe)
     with pytest.raises(ValueError, match="strength=2"):
         Stage(8, 8, 2)
     with pytest.raises(ValueError, match="fit='wide'"):

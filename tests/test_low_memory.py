@@ -6,6 +6,7 @@ from diffusers.models.attention import FeedForward
 
 import diffusion_attn as da
 from diffusion_attn.methods.low_memory.skips import Parked
+from diffusion_attn.methods.low_memory.split import SplitRows
 from diffusion_attn.metrics.cost import measure
 from tests import tiny
 from tests.golden.seeded import seed_parameters
@@ -124,6 +125,27 @@ def test_linfusion_in_pieces_is_linfusion(monkeypatch):
     whole = call(unet)
     monkeypatch.setattr("diffusion_attn.methods.linfusion.processor.LinFusionProcessor.whole", 33)
     torch.testing.assert_close(call(unet), whole, atol=1e-10, rtol=1e-10)
+
+
+def test_rows_of_videos_have_several_texts_each():
+    unet = tiny.motion()
+    x, text = noise(2, 4, 3, 16, 16), noise(2, 5, 12, seed=4).repeat_interleave(3, dim=0)
+    with torch.no_grad():
+        plain = unet(x, 501, text).sample
+        da.enable(unet, da.LowMemory())
+        torch.testing.assert_close(unet(x, 501, text).sample, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_what_all_rows_share_stays_whole():
+    masks, embeds = torch.ones(2, 1, 8, 8), [torch.ones(2, 1, 6)]
+    call = {
+        "sample": torch.ones(2, 4, 8, 8),
+        "cross_attention_kwargs": {"ip_adapter_masks": masks, "scale": 0.5},
+        "added_cond_kwargs": {"image_embeds": embeds},
+    }
+    [(_, first), _] = SplitRows().parts(tiny.unet(), (), call)
+    assert first["cross_attention_kwargs"]["ip_adapter_masks"] is masks
+    assert first["added_cond_kwargs"]["image_embeds"][0].shape == (1, 1, 6) and first["sample"].shape[0] == 1
 
 
 def test_the_peak_falls():

@@ -59,7 +59,7 @@ def run(args: Any) -> int:
         pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
         made = [method if isinstance(method, Method) else method(pipe) for method in methods]
         hires = ladder.make_pipeline(pipe, made, (), args.quiet)
-        for path, picture in zip(args.image, pictures, strict=True):
+        for index, (path, picture) in enumerate(zip(args.image, pictures, strict=True)):
             width, height = size or (round(side * (args.scale or 2.0)) for side in picture.size)
             settings = {
                 "image": path,
@@ -74,7 +74,7 @@ def run(args: Any) -> int:
                 "refine": args.refine,
                 "methods": [method.name for method in made],
             }
-            stem = f"{files.slug(Path(path).stem)}-{width}x{height}"
+            stem = f"{index:04d}-{files.slug(Path(path).stem)}-{width}x{height}"
             result = _upscale(hires, picture, settings, args, output / f"{stem}-stages")
             record = {**settings, "file": f"{stem}.png", "stages": ladder.records_of(result)}
             record["oracle"] = oracle.consult(result.images[0], args.prompt)

@@ -21,7 +21,9 @@ from diffusion_attn.methods.low_memory.split import Split, SplitRows, SplitToken
 class LowMemory:
     """Options of LowMemory, each a switch of its own; what is computed stays the same, up to rounding.
 
-    It goes beside any other method. In compiled regions only ``one_row`` works, by breaking the graph.
+    It goes beside other methods. What looks from one row of a batch at another needs ``one_row=False``: the editing
+    pipelines, PAG, and ``rng="reference"`` of agents and merging, which draws nothing for single rows. In compiled
+    regions only ``one_row`` works, by breaking the graph.
 
     Args:
         one_row: guidance branches, and pictures that are drawn together, go through the denoiser one after the other.

@@ -10,8 +10,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from diffusion_attn.core.session import bind_call
 
-SHARED = ("img_ids", "txt_ids")
+SHARED = ("img_ids", "txt_ids", "ip_adapter_masks")
 """Arguments of denoisers that all rows of a batch share, whatever their first dimension is."""
+
+SEVERAL = ("encoder_hidden_states",)
+"""Those that have several rows for each of the batch where it is one of videos."""
 
 Call = tuple[tuple, dict[str, Any]]
 
@@ -106,11 +109,20 @@ class SplitTokens(Split):
 
 
 def _row_of(call: dict[str, Any], index: int, batch: int) -> dict[str, Any]:
-    def row(value: Any) -> Any:
-        one_each = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch
-        return value[index : index + 1] if one_each else value
+    def row(value: Any, each: int = 1) -> Any:
+        rows = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == each * batch
+        return value[index * each : (index + 1) * each] if rows else value
 
-    return {name: value if name in SHARED else tree_map(row, value) for name, value in call.items()}
+    def part(name: str, value: Any) -> Any:
+        if name in SHARED:
+            return value
+        if isinstance(value, dict):
+            return {key: part(key, inner) for key, inner in value.items()}
+        if name in SEVERAL and isinstance(value, torch.Tensor):
+            return row(value, max(1, len(value) // batch))
+        return tree_map(row, value)
+
+    return {name: part(name, value) for name, value in call.items()}
 
 
 def _concatenate(results: list[Any], dim: int) -> Any:
