@@ -220,8 +220,9 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
                 "peak_bytes": max(cost.peak_bytes for cost in costs),
             }
             section = keep(args, [row], lambda row: (list(SCALED).index(row["variant"]), row["side"]))
-    _plot(section, args.output.with_suffix(".png"))
-    return section
+    plot = args.output.with_suffix(".png")
+    _plot(section, plot)
+    return {**section, "plot": plot.name}
 
 
 def _pass(unet: Any, side: int, device: str) -> Any:
@@ -261,7 +262,8 @@ def scale_table(section: dict[str, Any]) -> str:
                 ]
             )
     head = ["variant", "latent", "picture", "seconds", "exponent", "peak MiB", "exponent "]
-    return common.table(head, lines)
+    picture = f"\n\n![Time and memory over latent cells]({section['plot']})" if "plot" in section else ""
+    return common.table(head, lines) + picture
 
 
 def _plot(section: dict[str, Any], path: Any) -> None:
