@@ -309,7 +309,7 @@ def fresh_dynamo():
 
 ORDERS = ("before", "after", "in place")
 """Of compiling and enabling; in all of them for one row of each kind of attachment, as tracing takes long."""
-IN_ALL_ORDERS = ("hidiffusion", "linfusion", "clear")
+IN_ALL_ORDERS = ("hidiffusion", "clear")
 
 
 @pytest.mark.parametrize(
