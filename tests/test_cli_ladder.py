@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import diffusion_attn as da
+from diffusion_attn.cli.ladder import PRESETS
 from diffusion_attn.cli.main import main
-from diffusion_attn.pipelines import HighResolutionPipeline
+from diffusion_attn.pipelines import HighResolutionPipeline, Ladder
 from tests import tiny
 
 CAPTION = "a red star above a blue ring on a white background"
@@ -117,6 +118,18 @@ def test_what_cannot_be_is_refused_in_one_sentence(command, capsys, args, messag
     assert command(*args) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("scale", ["0", "1e9"])
+def test_a_scale_that_makes_no_picture(command, tmp_path, capsys, scale):
+    tiny.picture(16).save(tmp_path / "small.png")
+    assert command("upscale", tmp_path / "small.png", "--scale", scale) == 2
+    assert "give one that makes sides of 1 to 999999" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ladders_of_the_command_are_those_of_the_library():
+    assert tuple(Ladder.PRESETS) == PRESETS
 
 
 def test_interrupted_it_keeps_the_last_finished_stage(model, tmp_path):

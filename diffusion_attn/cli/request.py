@@ -20,6 +20,8 @@ from diffusion_attn.core.method import Method
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST_SEED = 2**63 - 1
+LARGEST_SIDE = 999_999
+"""Pixels; six digits."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.method_options import add_method_options, build_methods, check_names
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import (
+    LARGEST_SIDE,
     add_model_arguments,
     check_numbers,
     parse_size,
@@ -48,9 +49,11 @@ def run(args: Any) -> int:
         raise CommandError(f"--scale {args.scale} and --size {args.size!r} exclude each other; give one of them.")
     check_numbers(args, {"steps": 1, "seed": 0, "guidance": 0, "scale": 0})
     ladder.check_ladder(args)
+    scale = 2.0 if args.scale is None else args.scale
     size = None if args.size is None else parse_size(args.size)
     methods = build_methods(args.method, args)
     pictures = [files.open_picture(path) for path in args.image]
+    sizes = [size or _scaled(picture.size, scale) for picture in pictures]
     device = pick_device(args.device)
     models.check_model(args.model)
     output = Path(args.output).expanduser()
@@ -59,8 +62,7 @@ def run(args: Any) -> int:
         pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
         made = [method if isinstance(method, Method) else method(pipe) for method in methods]
         hires = ladder.make_pipeline(pipe, made, (), args.quiet)
-        for index, (path, picture) in enumerate(zip(args.image, pictures, strict=True)):
-            width, height = size or (round(side * (args.scale or 2.0)) for side in picture.size)
+        for index, (path, picture, (width, height)) in enumerate(zip(args.image, pictures, sizes, strict=True)):
             settings = {
                 "image": path,
                 "prompt": args.prompt,
@@ -83,6 +85,21 @@ def run(args: Any) -> int:
             if not args.quiet:
                 print(output / f"{stem}.png")
     return 0
+
+
+def _scaled(size: models.Size, scale: float) -> models.Size:
+    """A picture's size ``scale`` times as large a side, no larger than ``--size`` can say.
+
+    Raises:
+        CommandError: it is no size.
+    """
+    width, height = (round(side * scale) for side in size)
+    if not (min(width, height) >= 1 and max(width, height) <= LARGEST_SIDE):
+        raise CommandError(
+            f"--scale {scale:g} makes {width}x{height} pixels of {size[0]}x{size[1]}; give one that makes sides of 1 to "
+            f"{LARGEST_SIDE}."
+        )
+    return width, height
 
 
 def _upscale(hires: Any, picture: Any, settings: dict[str, Any], args: Any, folder: Path) -> Any:
