@@ -96,8 +96,8 @@ def _scaled(size: models.Size, scale: float) -> models.Size:
     width, height = (round(side * scale) for side in size)
     if not (min(width, height) >= 1 and max(width, height) <= LARGEST_SIDE):
         raise CommandError(
-            f"--scale {scale:g} makes {width}x{height} pixels of {size[0]}x{size[1]}; give one that makes sides of 1 to "
-            f"{LARGEST_SIDE}."
+            f"--scale {scale:g} makes {width}x{height} pixels of {size[0]}x{size[1]}; "
+            f"give one that makes sides of 1 to {LARGEST_SIDE}."
         )
     return width, height
 
