@@ -130,7 +130,7 @@ def test_linear_attention_grows_with_tokens_and_exact_attention_with_their_squar
 
 
 def peaks(name):
-    """In bytes: the forecast, and the peak of real passes at the first step and the last, if methods tell them apart."""
+    """In bytes: the forecast, and that of real passes, at the first step and the last where methods tell them apart."""
     kind, size, methods = PLANS[name]
     model = build(kind)
     expected = plan(model, size, methods(model), cpu=True).activation_bytes
