@@ -337,10 +337,13 @@ def fresh_dynamo():
 ORDERS = ("before", "after", "in place")
 """Of compiling and enabling; in all of them for one row of each kind of attachment, as tracing takes long."""
 IN_ALL_ORDERS = ("hidiffusion", "clear")
+COMPILED = [name for name in ROWS if name != "agent"]
+"""What "agent" does is a part of what "agent-everywhere" does."""
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [(name, order) for name in ROWS for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))]
+    ("name", "order"),
+    [(name, order) for name in COMPILED for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))],
 )
 def test_compiled_as_a_whole(name, fresh_dynamo, order):
     make = SHORT_XL if name in UNETS else ROWS[name][0]
@@ -369,7 +372,7 @@ def test_compiled_as_a_whole(name, fresh_dynamo, order):
     close(run(pipe), plain)
 
 
-@every_row
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_block_by_block(name, fresh_dynamo):
     make = SHORT if name in UNETS else ROWS[name][0]
     pipe = make()
