@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from diffusion_attn.metrics.machine import changed
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,10 @@ def resume(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]
     here = origin(args)
     before = {} if args.restart else common.read_results(args.output).get(args.name, {})
     if before:
-        now, then = {**settings, **here["machine"]}, {**before["settings"], **before["machine"]}
-        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-        if changed:
+        others = changed({**here, "settings": settings}, before)
+        if others:
             raise SystemExit(
-                f"{args.output.name} holds rows made with another {', '.join(changed)}; give the same settings to go "
+                f"{args.output.name} holds rows made with another {', '.join(others)}; give the same settings to go "
                 "on, another --output, or --restart to drop those rows."
             )
     section = {**here, "settings": settings, "rows": [], **before}
