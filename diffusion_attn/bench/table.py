@@ -39,5 +39,14 @@ def bench_table(result: Mapping[str, Any]) -> str:
     return table(head, lines, left=2)
 
 
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What has to be said of a table, in lines: which clock was read, and what has no row."""
+    clocks = {
+        "thread": "Seconds count while the one thread that computes ran, whatever else the machine did.",
+        "wall": "Seconds are of the wall clock.",
+    }
+    return [clocks[result["settings"]["clock"]], *(f"{name}: {text}" for name, text in result["skipped"].items())]
+
+
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
