@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusion_attn as da
-from benchmarks import clear, common
+from benchmarks import clear, common, report
 from benchmarks.local_work import (
     BLOCK,
     FULL,
@@ -99,7 +99,7 @@ def test_ops_steps_and_report(tmp_path):
     with da.using(transformer, da.Clear(radius=8)):
         assert common.count_flops(call) == local["flops"]
 
-    clear.main(["report", "--folder", str(tmp_path)])
+    report.write_page(clear.NAME, tmp_path)
     page = (tmp_path / "clear.md").read_text()
     assert "## One attention call" in page and "| 1024 | radius 8 " in page and str(tmp_path) not in page
 

@@ -134,8 +134,8 @@ def native_size(pipe: Any) -> Size:
     return size[1], size[0]
 
 
-def check_size(pipe: Any, size: Size) -> None:
-    """Refuse sizes that the model cannot draw.
+def check_size(pipe: Any, size: Size, option: str = "--size") -> None:
+    """Refuse sizes, given as ``option``, that the model cannot draw.
 
     Raises:
         CommandError: names the nearest size that it can.
@@ -144,7 +144,7 @@ def check_size(pipe: Any, size: Size) -> None:
     if any(side % step for side in size):
         width, height = (max(step, round(side / step) * step) for side in size)
         raise CommandError(
-            f"--size {size[0]}x{size[1]}: sides have to be multiples of {step} pixels with this model; the nearest "
+            f"{option} {size[0]}x{size[1]}: sides have to be multiples of {step} pixels with this model; the nearest "
             f"such size is {width}x{height}."
         )
 
