@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from diffusion_attn.cli import files, models
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
 from diffusion_attn.core.calls import call_arguments
+
+if TYPE_CHECKING:
+    from diffusion_attn.editing.maps import AttentionMaps
 
 
 def add_arguments(parser: Any) -> None:
@@ -35,6 +40,43 @@ def run(args: Any) -> int:
     Raises:
         DiffusionAttnError: an argument, the model or the folder stands against it.
     """
+    request = read_request(args)
+    device = pick_device(args.device)
+    models.check_model(args.model)
+    output = Path(args.output).expanduser()
+    files.prepare_folder(output)
+    with silence(args.quiet):
+        pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
+        pipe.set_progress_bar_config(disable=args.quiet)
+        settings = prepare(pipe, request)
+        image, maps = draw(pipe, request, settings)
+    name = f"{files.slug(args.prompt)}-seed{args.seed}"
+    grid = output / f"{name}-maps.png"
+    files.save_png(output / f"{name}.png", image, settings)
+    for word in request.words:
+        heatmap = maps.heatmap(word, size=(max(image.height, 256), max(image.width, 256)))
+        files.save_png(output / f"{name}-{files.slug(word)}.png", heatmap, {**settings, "word": word})
+    files.save_png(grid, maps.grid(request.words, over=image), settings)
+    if not args.quiet:
+        print(grid)
+    return 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """The parsed arguments, valid; ``size`` is ``(width, height)`` in pixels, ``None``: the model's own."""
+
+    args: Any
+    words: list[str]
+    size: models.Size | None
+
+
+def read_request(args: Any) -> Request:
+    """The parsed arguments as a `Request`.
+
+    Raises:
+        CommandError: an argument is not what it should be.
+    """
     if not args.prompt.strip():
         raise CommandError(f"the prompt is {args.prompt!r}; give one with words to look at.")
     words = args.words or list(dict.fromkeys(args.prompt.split()))
@@ -44,39 +86,46 @@ def run(args: Any) -> int:
                 f"--words {word!r} is not a word of the prompt {args.prompt!r}; give words as they stand."
             )
     check_numbers(args, {"steps": 1, "guidance": 0, "seed": 0, "finest": 1})
-    size = None if args.size is None else parse_size(args.size)
-    device = pick_device(args.device)
-    models.check_model(args.model)
-    output = Path(args.output).expanduser()
-    files.prepare_folder(output)
-    with silence(args.quiet):
-        from diffusion_attn.editing.capture import record  # loads diffusers, which has things to say
+    return Request(args, words, None if args.size is None else parse_size(args.size))
 
-        pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
-        width, height = size or models.native_size(pipe)
-        models.check_size(pipe, (width, height))
-        pipe.set_progress_bar_config(disable=args.quiet)
-        settings = {
-            "prompt": args.prompt,
-            **models.run_settings(pipe, args, (width, height)),
-            "seed": args.seed,
-            "finest": args.finest,
-        }
-        with record(pipe, words, finest=args.finest) as maps:
-            [image] = pipe(
-                **call_arguments(pipe, [args.prompt], settings["guidance"]),
-                width=width,
-                height=height,
-                num_inference_steps=settings["steps"],
-                generator=torch.Generator().manual_seed(args.seed),
-            ).images
-    name = f"{files.slug(args.prompt)}-seed{args.seed}"
-    grid = output / f"{name}-maps.png"
-    files.save_png(output / f"{name}.png", image, settings)
-    for word in words:
-        heatmap = maps.heatmap(word, size=(max(height, 256), max(width, 256)))
-        files.save_png(output / f"{name}-{files.slug(word)}.png", heatmap, {**settings, "word": word})
-    files.save_png(grid, maps.grid(words, over=image), settings)
-    if not args.quiet:
-        print(grid)
-    return 0
+
+def prepare(pipe: Any, request: Request) -> dict[str, Any]:
+    """What is written beside the pictures of a request with its model, ``pipe``.
+
+    Raises:
+        CommandError: the size does not suit the model.
+    """
+    args = request.args
+    size = request.size or models.native_size(pipe)
+    models.check_size(pipe, size)
+    return {
+        "prompt": args.prompt,
+        **models.run_settings(pipe, args, size),
+        "seed": args.seed,
+        "finest": args.finest,
+    }
+
+
+def draw(
+    pipe: Any, request: Request, settings: dict[str, Any], levels: bool = False, **call: Any
+) -> tuple[Image.Image, AttentionMaps]:
+    """The picture, and the maps of its words.
+
+    Args:
+        settings: from `prepare`.
+        levels: keep those of single levels too.
+        call: more arguments of the pipeline.
+    """
+    from diffusion_attn.editing.capture import record  # loads diffusers
+
+    width, height = settings["size"]
+    with record(pipe, request.words, finest=settings["finest"], levels=levels) as maps:
+        [image] = pipe(
+            **call_arguments(pipe, [settings["prompt"]], settings["guidance"]),
+            width=width,
+            height=height,
+            num_inference_steps=settings["steps"],
+            generator=torch.Generator().manual_seed(settings["seed"]),
+            **call,
+        ).images
+    return image, maps

@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,10 +53,7 @@ def run(args: Any) -> int:
     Raises:
         DiffusionAttnError: an argument, the model, a method or an earlier result stands against it.
     """
-    asked = [] if args.methods == [_ALL] else args.methods
-    check_names(asked, "--methods")
-    sizes = [parse_size(text, "--sizes") for text in args.sizes or ()]
-    check_numbers(args, {"steps": 1, "guidance": 0, "repeats": 1, "quality": 0, "seed": 0})
+    request = read_request(args)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     models.check_model(args.model)
@@ -64,8 +62,12 @@ def run(args: Any) -> int:
     path = folder / file_name(args.model, device, dtype)
     before = None if args.restart else _earlier(path, args.model)
     with silence():
-        result = _measure(args, asked, sizes, device, dtype, path, before)
-        plotted = _plot(result, path.with_suffix(".png"))
+        pipe = models.load_model(args.model, dtype, device)
+        models.show_everything(pipe)
+        pipe.set_progress_bar_config(disable=True)
+        with tqdm(desc="bench", unit="run", disable=args.quiet) as bar:
+            result = measure(pipe, request, path, before, _shown(bar))
+        plotted = save_plot(result, path.with_suffix(".png"))
     if not args.quiet:
         from diffusion_attn.bench.table import bench_table, notes
 
@@ -73,6 +75,28 @@ def run(args: Any) -> int:
         if not plotted:
             print("no plot: matplotlib is not installed; pip install diffusion-attn[viz].")
     return 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """The parsed arguments, valid: names of methods, none for all, and sizes ``(width, height)`` in pixels."""
+
+    args: Any
+    methods: list[str]
+    sizes: list[models.Size]
+
+
+def read_request(args: Any) -> Request:
+    """The parsed arguments as a `Request`.
+
+    Raises:
+        CommandError: an argument is not what it should be.
+    """
+    asked = [] if args.methods == [_ALL] else args.methods
+    check_names(asked, "--methods")
+    sizes = [parse_size(text, "--sizes") for text in args.sizes or ()]
+    check_numbers(args, {"steps": 1, "guidance": 0, "repeats": 1, "quality": 0, "seed": 0})
+    return Request(args, asked, sizes)
 
 
 def file_name(model: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -106,22 +130,28 @@ def _earlier(path: Path, model: str) -> dict[str, Any] | None:
     return result
 
 
-def _measure(
-    args: Any,
-    asked: list[str],
-    sizes: list[models.Size],
-    device: torch.device,
-    dtype: torch.dtype,
+def measure(
+    pipe: Any,
+    request: Request,
     path: Path,
-    before: dict[str, Any] | None,
+    before: dict[str, Any] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    keep: Callable[[dict[str, Any]], Any] = lambda result: None,
 ) -> dict[str, Any]:
-    """Run the bench; every finished row is in the file at once."""
+    """Run the bench; every finished row is in the file ``path`` at once.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        before: an earlier result that is gone on with.
+        progress, keep: as `run_bench` takes them; ``keep`` is called when the file is written.
+
+    Raises:
+        CommandError: a size or a method does not suit the model, or ``before`` was made with other settings.
+    """
     from diffusion_attn.bench import OtherSettingsError, applicable_methods, run_bench
     from diffusion_attn.bench.run import PROMPT
 
-    pipe = models.load_model(args.model, dtype, device)
-    models.show_everything(pipe)
-    pipe.set_progress_bar_config(disable=True)
+    args, asked, sizes = request.args, request.methods, request.sizes
     if not sizes:
         width, height = models.native_size(pipe)
         sizes = [(width, height), (2 * width, 2 * height)]
@@ -142,29 +172,32 @@ def _measure(
             "skipped": {**others, **result["skipped"]},
         }
 
-    with tqdm(desc="bench", unit="run", disable=args.quiet) as bar:
-        try:
-            return told(
-                run_bench(
-                    pipe,
-                    methods,
-                    sizes,
-                    prompt=args.prompts or _captions(args) or PROMPT,
-                    steps=args.steps or models.default_steps(pipe, args.model),
-                    guidance=models.guidance_of(pipe, args.model, args.guidance),
-                    repeats=args.repeats,
-                    quality=args.quality,
-                    seed=args.seed,
-                    progress=_shown(bar),
-                    before=before,
-                    keep=lambda result: files.save_json(path, told(result)),
-                )
+    def kept(result: dict[str, Any]) -> None:
+        files.save_json(path, told(result))
+        keep(told(result))
+
+    try:
+        return told(
+            run_bench(
+                pipe,
+                methods,
+                sizes,
+                prompt=args.prompts or _captions(args) or PROMPT,
+                steps=args.steps or models.default_steps(pipe, args.model),
+                guidance=models.guidance_of(pipe, args.model, args.guidance),
+                repeats=args.repeats,
+                quality=args.quality,
+                seed=args.seed,
+                progress=progress,
+                before=before,
+                keep=kept,
             )
-        except OtherSettingsError as error:
-            raise CommandError(
-                f"{str(path)!r} holds rows made with another {', '.join(error.names)}; give the same settings to go "
-                "on, another --output, or --restart to drop those rows."
-            ) from error
+        )
+    except OtherSettingsError as error:
+        raise CommandError(
+            f"{str(path)!r} holds rows made with another {', '.join(error.names)}; give the same settings to go "
+            "on, another --output, or --restart to drop those rows."
+        ) from error
 
 
 def _captions(args: Any) -> list[str]:
@@ -196,8 +229,8 @@ def _command(args: Any, sizes: list[models.Size]) -> str:
     return shlex.join(words)
 
 
-def _plot(result: dict[str, Any], path: Path) -> list[Path]:
-    """Write the plot, where matplotlib is installed; returns its path."""
+def save_plot(result: dict[str, Any], path: Path) -> list[Path]:
+    """Write the plot of a result, where matplotlib is installed; returns its path."""
     if find_spec("matplotlib") is None:
         return []
     from diffusion_attn.bench.plot import plot

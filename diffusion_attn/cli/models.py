@@ -83,7 +83,7 @@ def load_model(model: str, dtype: Any, device: Any, option: str = "--model") -> 
             raise
         remedy = "check the folder" if path.is_dir() else "check the name and the connection, or give a local folder"
         raise CommandError(f"{option} {model!r} could not be loaded ({reason(error)}); {remedy}.") from error
-    missing = [name for name in _NEEDED if name not in _parameters(pipe)]
+    missing = [name for name in _NEEDED if name not in parameters_of(pipe)]
     if missing:
         raise UnsupportedModelError(
             f"{option} {model!r} is a {type(pipe).__name__}, whose call takes no {missing[0]!r}; give a text-to-image "
@@ -151,7 +151,7 @@ def check_size(pipe: Any, size: Size, option: str = "--size") -> None:
 
 def default_steps(pipe: Any, model: str) -> int:
     """Steps of a run unless ``--steps`` says otherwise: the pipeline's own default, fewer for embedded models."""
-    return _EMBEDDED_STEPS if _is_embedded(model) else _parameters(pipe)["num_inference_steps"].default
+    return _EMBEDDED_STEPS if _is_embedded(model) else parameters_of(pipe)["num_inference_steps"].default
 
 
 def run_settings(pipe: Any, args: Any, size: Size) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def guidance_of(pipe: Any, model: str, asked: float | None) -> float | None:
     Raises:
         CommandError: one is asked of a pipeline that has none.
     """
-    parameter = _parameters(pipe).get("guidance_scale")
+    parameter = parameters_of(pipe).get("guidance_scale")
     if parameter is None and asked is not None:
         raise CommandError(f"--guidance {asked}: a {type(pipe).__name__} takes no guidance scale; leave it out.")
     if asked is not None or parameter is None:
@@ -215,7 +215,8 @@ def _is_embedded(model: str) -> bool:
     return model in available()
 
 
-def _parameters(pipe: Any) -> Any:
+def parameters_of(pipe: Any) -> Any:
+    """The parameters of a pipeline's call, by name."""
     return inspect.signature(pipe.__call__).parameters
 
 

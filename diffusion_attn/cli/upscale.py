@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from diffusion_attn.cli import files, ladder, models, oracle
 from diffusion_attn.cli.errors import CommandError
@@ -44,6 +48,34 @@ def run(args: Any) -> int:
     Raises:
         DiffusionAttnError: an argument, a picture, the model or a method stands against it.
     """
+    request = read_request(args)
+    device = pick_device(args.device)
+    models.check_model(args.model)
+    files.prepare_folder(Path(args.output).expanduser())
+    with silence(args.quiet):
+        pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
+        for path, _, _ in enlarge(pipe, request):
+            if not args.quiet:
+                print(path)
+    return 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """The parsed arguments, valid, with their pictures opened; ``sizes`` are ``(width, height)`` in pixels."""
+
+    args: Any
+    methods: Sequence[Method | Callable[[Any], Method]]
+    pictures: Sequence[Image.Image]
+    sizes: Sequence[models.Size]
+
+
+def read_request(args: Any) -> Request:
+    """The parsed arguments as a `Request`.
+
+    Raises:
+        CommandError: an argument is not what it should be, or a picture cannot be opened.
+    """
     check_names(args.method)
     if args.scale is not None and args.size is not None:
         raise CommandError(f"--scale {args.scale} and --size {args.size!r} exclude each other; give one of them.")
@@ -53,35 +85,50 @@ def run(args: Any) -> int:
     size = None if args.size is None else parse_size(args.size)
     methods = build_methods(args.method, args)
     pictures = [files.open_picture(path) for path in args.image]
-    sizes = [size or _scaled(picture.size, scale) for picture in pictures]
-    device = pick_device(args.device)
-    models.check_model(args.model)
-    output = Path(args.output).expanduser()
-    files.prepare_folder(output)
-    with silence(args.quiet):
-        pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
-        made = [method if isinstance(method, Method) else method(pipe) for method in methods]
-        hires = ladder.make_pipeline(pipe, made, (), args.quiet)
-        for index, (path, picture, (width, height)) in enumerate(zip(args.image, pictures, sizes, strict=True)):
-            settings = {
-                "image": path,
-                "prompt": args.prompt,
-                **models.run_settings(pipe, args, (width, height)),
-                "seed": args.seed,
-                "ladder": args.ladder,
-                "strength": args.strength,
-                "refine": args.refine,
-                "methods": [method.name for method in made],
-            }
-            stem = f"{index:04d}-{files.slug(Path(path).stem)}-{width}x{height}"
-            result = _upscale(hires, picture, settings, args, output / f"{stem}-stages")
-            record = {**settings, "file": f"{stem}.png", "stages": ladder.records_of(result)}
-            record["oracle"] = oracle.consult(result.images[0], args.prompt)
-            files.save_json(output / f"{stem}.json", record)
-            files.save_png(output / f"{stem}.png", result.images[0], settings)
-            if not args.quiet:
-                print(output / f"{stem}.png")
-    return 0
+    return Request(args, methods, pictures, [size or _scaled(picture.size, scale) for picture in pictures])
+
+
+def enlarge(pipe: Any, request: Request, **call: Any) -> Iterator[tuple[Path, dict[str, Any], Image.Image]]:
+    """Enlarge and save picture by picture; gives each one's file, what is written beside it, and the picture.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        call: more arguments of the ladder's call.
+    """
+    import torch
+
+    args, output = request.args, Path(request.args.output).expanduser()
+    methods = [method if isinstance(method, Method) else method(pipe) for method in request.methods]
+    hires = ladder.make_pipeline(pipe, methods, (), args.quiet)
+    for index, (path, picture, size) in enumerate(zip(args.image, request.pictures, request.sizes, strict=True)):
+        width, height = size
+        settings = {
+            "image": path,
+            "prompt": args.prompt,
+            **models.run_settings(pipe, args, size),
+            "seed": args.seed,
+            "ladder": args.ladder,
+            "strength": args.strength,
+            "refine": args.refine,
+            "methods": [method.name for method in methods],
+        }
+        stem = f"{index:04d}-{files.slug(Path(path).stem)}-{width}x{height}"
+        result = hires.upscale(
+            picture,
+            args.prompt,
+            height=height,
+            width=width,
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance"],
+            generator=torch.Generator().manual_seed(args.seed),
+            **ladder.call_options(args, output / f"{stem}-stages"),
+            **call,
+        )
+        record = {**settings, "file": f"{stem}.png", "stages": ladder.records_of(result)}
+        record["oracle"] = oracle.consult(result.images[0], args.prompt)
+        files.save_json(output / f"{stem}.json", record)
+        files.save_png(output / f"{stem}.png", result.images[0], settings)
+        yield output / f"{stem}.png", record, result.images[0]
 
 
 def _scaled(size: models.Size, scale: float) -> models.Size:
@@ -97,19 +144,3 @@ def _scaled(size: models.Size, scale: float) -> models.Size:
             f"give one that makes sides of 1 to {LARGEST_SIDE}."
         )
     return width, height
-
-
-def _upscale(hires: Any, picture: Any, settings: dict[str, Any], args: Any, folder: Path) -> Any:
-    import torch
-
-    width, height = settings["size"]
-    return hires.upscale(
-        picture,
-        args.prompt,
-        height=height,
-        width=width,
-        num_inference_steps=settings["steps"],
-        guidance_scale=settings["guidance"],
-        generator=torch.Generator().manual_seed(args.seed),
-        **ladder.call_options(args, folder),
-    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,18 @@ def add_arguments(parser: Any) -> None:
     )
     add("--ip-scale", type=float, default=0.4, help="with vimaedit: how strong the adapter is, 0 for not at all")
     add("--ip-clip", type=str, metavar="ID_OR_FOLDER", help=f"with vimaedit: the adapter's CLIP, by default {_CLIP}")
+
+
+@contextmanager
+def loaded(stock: Any, args: Any) -> Iterator[Any]:
+    """The pipeline of `load`, for a block of code; after it the UNet of ``stock`` has no adapter any more."""
+    from diffusion_attn.editing.network import has_adapters
+
+    try:
+        yield load(stock, args)
+    finally:
+        if has_adapters(stock.unet):
+            stock.unload_ip_adapter()
 
 
 def load(stock: Any, args: Any) -> Any:

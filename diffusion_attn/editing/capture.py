@@ -56,12 +56,11 @@ def record(
             f"{type(denoiser).__name__} has no cross-attention that is {finest} times smaller than its latent or more; "
             "record() reads UNets with cross-attention, FLUX and SD3."
         )
-    texts = _texts(pipeline)
+    texts, encoder = _texts(pipeline)
     maps = AttentionMaps(texts, words, [layer.factor for layer in layers] if levels else ())
     reader = _Reader(pipeline, maps, [prompt] if isinstance(prompt, str) else list(prompt or ()))
     with ExitStack() as stack:
         stack.enter_context(controlled(pipe.unet if hasattr(pipe, "unet") else pipe.transformer, layers, reader))
-        encoder = texts[0].encoder
         if encoder is not None:
             stack.callback(encoder.register_forward_pre_hook(reader.read_prompt, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_pre_hook(reader.enter, with_kwargs=True).remove)
@@ -69,18 +68,17 @@ def record(
         yield maps
 
 
-def _texts(pipe: Any) -> list[Text]:
+def _texts(pipe: Any) -> tuple[list[Text], Any]:
+    """The parts of the denoiser's text, and what encodes the first of them."""
     part = lambda name: getattr(pipe, name, None)  # noqa: E731
     if part("tokenizer_3") is not None or part("text_encoder_3") is not None:
-        first = Text(pipe.tokenizer, pipe.text_encoder)
-        if part("tokenizer_3") is None:
-            return [first]
-        return [first, Text(pipe.tokenizer_3, pipe.text_encoder_3, pipe.tokenizer.model_max_length)]
-    if part("transformer") is not None:
-        return [Text(pipe.tokenizer_2, pipe.text_encoder_2)]
-    if part("tokenizer") is not None:
-        return [Text(pipe.tokenizer, pipe.text_encoder)]
-    return [Text(pipe.tokenizer_2, pipe.text_encoder_2)]  # the refiner of SDXL
+        texts = [Text(pipe.tokenizer)]
+        if part("tokenizer_3") is not None:
+            texts.append(Text(pipe.tokenizer_3, pipe.tokenizer.model_max_length))
+        return texts, pipe.text_encoder
+    if part("transformer") is None and part("tokenizer") is not None:
+        return [Text(pipe.tokenizer)], pipe.text_encoder
+    return [Text(pipe.tokenizer_2)], pipe.text_encoder_2  # FLUX, and the refiner of SDXL
 
 
 class _Reader:

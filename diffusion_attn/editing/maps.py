@@ -17,10 +17,10 @@ _COLORS = ("#000004", "#fcfdbf", "#b63679")  # of the least, the greatest, and h
 
 
 class Text:
-    """A text encoder whose tokens stand in the denoiser's text from ``offset`` on."""
+    """A tokenizer whose tokens stand in the denoiser's text from ``offset`` on."""
 
-    def __init__(self, tokenizer: Any, encoder: Any, offset: int = 0) -> None:
-        self.tokenizer, self.encoder, self.offset = tokenizer, encoder, offset
+    def __init__(self, tokenizer: Any, offset: int = 0) -> None:
+        self.tokenizer, self.offset = tokenizer, offset
 
 
 class AttentionMaps:

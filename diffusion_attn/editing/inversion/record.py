@@ -107,7 +107,7 @@ class Inversion:
         self.check(pipe)
         if self.prompt is None:
             raise ValueError("the inversion has no prompt, in which words could be found.")
-        maps = AttentionMaps([Text(*text_encoders(pipe)[0])])
+        maps = AttentionMaps([Text(text_encoders(pipe)[0][0])])
         maps.prompts = [self.prompt]
         recorder, network = MapRecorder("cross"), Network(pipe, self.size)
         text = encode(pipe, [self.prompt])
