@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "editing": {"editing", "processors", "core", "metrics.cost", "version"},
     "pipelines": {"pipelines", "editing", "methods", "ops", "core", "metrics"},
     "bench": {"bench", "methods", "core", "metrics", "planning", "shapes"},
+    "ui": {"ui", "cli", "bench", "editing", "pipelines", "methods", "shapes", "core", "version"},
     "distill": {"distill", "methods", "core", "shapes", "metrics"},
 }
 FOLDERS = {name: ROOT / name for name in ("distill", "pipelines")}  # the others are inside the package
@@ -74,6 +75,8 @@ EXTRAS = {
     "bench": {"matplotlib"},
     "metrics": {"torchmetrics"},
     "pie_bench": {"torchmetrics"},
+    "ui": {"gradio"},
+    "tabs": {"gradio"},
 }  # imported where they are installed
 OPTIONAL = (
     "triton",

@@ -20,6 +20,7 @@ from diffusion_attn.cli import (
     info,
     make_data,
     plan,
+    ui,
     upscale,
 )
 from diffusion_attn.cli.errors import sentence
@@ -36,6 +37,7 @@ COMMANDS = {
     "distill-cache": cache,
     "evaluate": evaluate,
     "evaluate-pie-bench": evaluate_pie_bench,
+    "ui": ui,
     "bench": bench,
     "plan": plan,
     "info": info,
