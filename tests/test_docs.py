@@ -240,6 +240,11 @@ def test_the_table_of_what_goes_together_is_the_matrix():
     assert compatibility.PAGE.read_text(encoding="utf-8") == compatibility.page()
 
 
+def test_the_readme_links_to_what_is_there():
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links and all((ROOT / link).exists() for link in links), links
+
+
 LINK = re.compile(r"\[([^\]]*)\]\(results/(\w+)\.md[^)]*\)")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
