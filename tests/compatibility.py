@@ -26,7 +26,11 @@ SPELT |= {
 }
 RAUNET = da.HiDiffusion(window_attention=False)
 
-PAGE_TEXT = """# What goes together
+PAGE_TEXT = """---
+hide: [toc]  # the tables are wide
+---
+
+# What goes together
 
 Written by `python -m tests.compatibility` from the tests themselves; edit it there.
 
