@@ -105,7 +105,7 @@ def test_ops_steps_and_report(tmp_path):
 
 
 def test_what_is_measured_depends_on_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card X1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X1")
     here, there = clear.parse(["op"]), clear.parse(["op", "--device", "cuda"])
     assert (here.heads, here.head_dim, here.dtype, here.output.name[:18]) == (4, 64, "float32", "clear-cpu-float32-")
     assert (there.heads, there.head_dim, there.dtype, there.grids[-1]) == (24, 128, "bfloat16", 512)

@@ -188,6 +188,7 @@ def test_weights_are_the_models_and_the_methods():
     linfusion = da.LinFusion.for_model(model)
     own = 4 * sum(x.numel() for x in linfusion.parameters())
     assert plan(model, (16, 16), (linfusion,)).weight_bytes == plan(model, (16, 16)).weight_bytes + own
+    assert {x.device.type for x in linfusion.parameters()} == {"cpu"}  # the method can still be enabled
     half = plan(on_meta(type(model), model.config, torch.float16), (16, 16))
     assert half.weight_bytes * 2 == plan(model, (16, 16)).weight_bytes
     assert half.activation_bytes < 0.6 * plan(model, (16, 16)).activation_bytes

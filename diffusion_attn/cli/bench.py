@@ -122,8 +122,9 @@ def _measure(
     pipe = models.load_model(args.model, dtype, device)
     models.show_everything(pipe)
     pipe.set_progress_bar_config(disable=True)
-    native = models.native_size(pipe) if not sizes else None
-    sizes = sizes or [native, (2 * native[0], 2 * native[1])]  # type: ignore[index, list-item]
+    if not sizes:
+        width, height = models.native_size(pipe)
+        sizes = [(width, height), (2 * width, 2 * height)]
     for size in sizes:
         models.check_size(pipe, size, "--sizes")
     methods, others = applicable_methods(pipe, asked or METHODS)

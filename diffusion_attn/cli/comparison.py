@@ -31,7 +31,7 @@ class Comparison:
         for name, (_, record) in zip(self.variants, pictures, strict=True):
             self.records.setdefault(name, []).append(record)
         first = pictures[0][1]
-        cells = tuple(Cell(fit_cell(image), label(record)) for image, record in pictures)
+        cells = tuple(Cell(fit_cell(image), _label(record)) for image, record in pictures)
         self._rows.append(Row(f"{first['prompt']} (seed {first['seed']})", cells))
 
     def grid(self) -> Image.Image:
@@ -74,8 +74,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def label(record: dict[str, Any]) -> tuple[str, ...]:
-    """What one picture has cost, and what the oracle read in it if it was asked."""
+def _label(record: dict[str, Any]) -> tuple[str, ...]:
     cost = f"{record['seconds']:.2f} s, {record['peak_memory_bytes'] / _MB:.0f} MB"
     return (cost, in_words(record["oracle"]["judgement"])) if record["oracle"] else (cost,)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,58 +66,6 @@ def run(args: Any) -> int:
     Raises:
         DiffusionAttnError: an argument, the model, the picture or the folder stands against it.
     """
-    request = read_request(args)
-    device = pick_device(args.device)
-    models.check_model(args.model)
-    output = Path(args.output).expanduser()
-    files.prepare_folder(output)
-    if args.inversion is not None:
-        files.prepare_folder(Path(args.inversion).expanduser().parent, "--inversion in")
-    with silence(args.quiet):
-        stock = models.load_model(args.model, pick_dtype(args.dtype, device), device)
-        stock.set_progress_bar_config(disable=args.quiet)
-        edited = perform(stock, request)
-    columns = ["picture", "reconstruction"]
-    cells = [Cell(fit_cell(edited.image), ()), Cell(fit_cell(edited.result.source[0]), ())]
-    for path, record, picture in save(edited, output):
-        judged = record["oracle"]
-        columns.append(record["target"])
-        cells.append(Cell(fit_cell(picture), (oracle.in_words(judged["judgement"]),) if judged else ()))
-        if not args.quiet:
-            print(path)
-    grid = labelled_grid(columns, [Row(f"{args.source} ({args.method})", tuple(cells))])
-    files.save_png(output / f"comparison-{args.method}.png", grid, edited.settings)
-    return 0
-
-
-@dataclass(frozen=True)
-class Request:
-    """The parsed arguments, valid, with their pictures opened."""
-
-    args: Any
-    image: Image.Image
-    mask: Image.Image | None
-    size: models.Size | None
-    weights: dict[str, float] | None
-
-
-@dataclass(frozen=True)
-class Edited:
-    """The pipeline's ``result``, the picture as it was cut for it, and what is written beside each edit."""
-
-    result: Any
-    image: Image.Image
-    targets: tuple[str, ...]
-    settings: dict[str, Any]
-    cost: Any
-
-
-def read_request(args: Any) -> Request:
-    """The parsed arguments as a `Request`.
-
-    Raises:
-        CommandError: an argument is not what it should be, or a picture cannot be opened.
-    """
     weights = _weights(args)
     _check_words(args, weights)
     check_numbers(args, {"steps": 1, "guidance": 0, "cross": 0, "self": 0, "seed": 0, "ip_scale": 0})
@@ -131,54 +77,52 @@ def read_request(args: Any) -> Request:
         raise CommandError(
             f"--mask {args.mask!r} is {mask.size} pixels, and the picture {image.size}; give one as large."
         )
-    return Request(args, image, mask, size, weights)
-
-
-def perform(stock: Any, request: Request) -> Edited:
-    """Edit by the model of the pipeline ``stock``.
-
-    Raises:
-        DiffusionAttnError: the model or the size stands against it.
-    """
-    args = request.args
-    models.check_unet(stock, args.model)
-    size = request.size or models.native_size(stock)
-    models.check_size(stock, size)
-    direct = args.method == "vimaedit"
-    image, mask = ImageOps.fit(request.image, size), request.mask and ImageOps.fit(request.mask, size)
-    settings = {
-        "image": args.image,
-        "source": args.source,
-        "method": args.method,
-        "words": args.words or [],
-        "model": args.model,
-        "size": list(size),
-        "steps": args.steps or models.default_steps(stock, args.model),
-        "guidance": models.guidance_of(stock, args.model, args.guidance),
-        "cross": _given(args.cross, vimaedit.CROSS if direct else _CROSS),
-        "self": _given(args["self"], vimaedit.SELF if direct else _SELF),
-        "blend": args.blend,
-        "maps": list(models.word_maps_of(stock, args.model, size, args.maps)),
-        "weights": request.weights,
-    }
-    if direct:
-        settings |= {name: args[name] for name in ("seed", "mask", "ip_adapter", "ip_scale", "ip_clip")}
-        result, cost = _edit_directly(stock, image, mask, args, settings)
-    else:
-        result, cost = _edit_inverted(stock, image, args, settings)
-    return Edited(result, image, tuple(args.target), settings, cost)
-
-
-def save(edited: Edited, folder: Path) -> Iterator[tuple[Path, dict[str, Any], Image.Image]]:
-    """Write each edit into ``folder``; gives its file, what is written beside it, and the picture."""
-    method = edited.settings["method"]
-    for index, (prompt, picture) in enumerate(zip(edited.targets, edited.result.images, strict=True)):
-        name = f"{index:04d}-{files.slug(prompt)}-{method}"
-        judged = oracle.consult(picture, prompt)
-        record = {"file": f"{name}.png", **edited.settings, "target": prompt, "cost": edited.cost, "oracle": judged}
-        files.save_json(folder / f"{name}.json", record)
-        files.save_png(folder / f"{name}.png", picture, record)
-        yield folder / f"{name}.png", record, picture
+    device = pick_device(args.device)
+    models.check_model(args.model)
+    output = Path(args.output).expanduser()
+    files.prepare_folder(output)
+    if args.inversion is not None:
+        files.prepare_folder(Path(args.inversion).expanduser().parent, "--inversion in")
+    with silence(args.quiet):
+        stock = models.load_model(args.model, pick_dtype(args.dtype, device), device)
+        models.check_unet(stock, args.model)
+        size = size or models.native_size(stock)
+        models.check_size(stock, size)
+        stock.set_progress_bar_config(disable=args.quiet)
+        direct = args.method == "vimaedit"
+        image, mask = ImageOps.fit(image, size), mask and ImageOps.fit(mask, size)
+        settings = {
+            "image": args.image,
+            "source": args.source,
+            "method": args.method,
+            "words": args.words or [],
+            **models.run_settings(stock, args, size),
+            "cross": _given(args.cross, vimaedit.CROSS if direct else _CROSS),
+            "self": _given(args["self"], vimaedit.SELF if direct else _SELF),
+            "blend": args.blend,
+            "maps": list(models.word_maps_of(stock, args.model, size, args.maps)),
+            "weights": weights,
+        }
+        if direct:
+            settings |= {name: args[name] for name in ("seed", "mask", "ip_adapter", "ip_scale", "ip_clip")}
+            result, cost = _edit_directly(stock, image, mask, args, settings)
+        else:
+            result, cost = _edit_inverted(stock, image, args, settings)
+    reconstruction = result.source[0]
+    columns, cells = ["picture", "reconstruction"], [Cell(fit_cell(image), ()), Cell(fit_cell(reconstruction), ())]
+    for index, (prompt, edited) in enumerate(zip(args.target, result.images, strict=True)):
+        name = f"{index:04d}-{files.slug(prompt)}-{args.method}"
+        judged = oracle.consult(edited, prompt)
+        record = {"file": f"{name}.png", **settings, "target": prompt, "cost": cost, "oracle": judged}
+        files.save_json(output / f"{name}.json", record)
+        files.save_png(output / f"{name}.png", edited, record)
+        columns.append(prompt)
+        cells.append(Cell(fit_cell(edited), (oracle.in_words(judged["judgement"]),) if judged else ()))
+        if not args.quiet:
+            print(output / f"{name}.png")
+    grid = labelled_grid(columns, [Row(f"{args.source} ({args.method})", tuple(cells))])
+    files.save_png(output / f"comparison-{args.method}.png", grid, settings)
+    return 0
 
 
 def _given(value: float | None, default: float) -> float:

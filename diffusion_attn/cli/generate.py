@@ -37,8 +37,7 @@ def run(args: Any) -> int:
     """
     request = read_request(args)
     with silence(args.quiet):
-        pipe = models.load_model(request.model, request.dtype, request.device)
-        job = prepare(request, pipe, args.quiet)
+        job = _prepare(request, args.quiet)
         if request.compare:
             _compare(job)
         else:
@@ -47,7 +46,7 @@ def run(args: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
+class _Job:
     """A request with its model: ``size`` in pixels, ``settings`` as they are written beside each picture."""
 
     request: Request
@@ -78,22 +77,15 @@ class Job:
         return {"plain": (), **named} if self.request.compare else named
 
 
-def prepare(request: Request, pipe: Any, quiet: bool = True) -> Job:
-    """What ``request`` comes to with its model, ``pipe``.
-
-    Raises:
-        DiffusionAttnError: the size or a method does not suit the model.
-    """
+def _prepare(request: Request, quiet: bool) -> _Job:
+    pipe = models.load_model(request.model, request.dtype, request.device)
     size = request.size or models.native_size(pipe)
     if request.ladder is None:  # which draws any size
         models.check_size(pipe, size)
     below = int(len(request.pictures) > 1)  # the bar that counts pictures
     pipe.set_progress_bar_config(disable=quiet, leave=False, position=below)
     settings = {
-        "model": request.model,
-        "size": list(size),
-        "steps": request.steps or models.default_steps(pipe, request.model),
-        "guidance": models.guidance_of(pipe, request.model, request.guidance),
+        **models.run_settings(pipe, request, size),
         "dtype": str(request.dtype).removeprefix("torch."),
         "device": str(request.device),
         "versions": _versions(),
@@ -109,22 +101,22 @@ def prepare(request: Request, pipe: Any, quiet: bool = True) -> Job:
     if request.ladder is not None:
         settings |= {name: request.ladder[name] for name in ("ladder", "strength", "refine")}
         settings |= {"base_methods": _options(base_methods)}
-    return Job(request, pipe, methods, base_methods, size, settings, quiet)
+    return _Job(request, pipe, methods, base_methods, size, settings, quiet)
 
 
-def _draw_all(job: Job) -> None:
+def _draw_all(job: _Job) -> None:
     [methods] = job.variants.values()
     for index, prompt, seed in job.pictures():
-        _, record = draw(job, methods, index, prompt, seed)
+        _, record = _draw(job, methods, index, prompt, seed)
         job.say(str(job.request.output / record["file"]))
 
 
-def _compare(job: Job) -> None:
+def _compare(job: _Job) -> None:
     """Draw each picture in all variants, and show them side by side."""
     _warm_up(job)
     result = comparison.Comparison(tuple(job.variants))
     for index, prompt, seed in job.pictures():
-        result.add([draw(job, methods, index, prompt, seed) for methods in job.variants.values()])
+        result.add([_draw(job, methods, index, prompt, seed) for methods in job.variants.values()])
     request = job.request
     name = f"comparison-{list(job.variants)[-1]}"
     settings = {
@@ -139,19 +131,17 @@ def _compare(job: Job) -> None:
     job.say(f"{result.table()}\n{request.output / name}.png")
 
 
-def draw(
-    job: Job, methods: tuple[Method, ...], index: int, prompt: str, seed: int, **call: Any
-) -> tuple[Image.Image, dict[str, Any]]:
-    """Draw and save one picture; returns it and what is written beside it. ``call``: more arguments of the pipeline."""
+def _draw(job: _Job, methods: tuple[Method, ...], index: int, prompt: str, seed: int) -> tuple[Image.Image, dict]:
+    """Draw and save one picture; returns it and what is written beside it."""
     options = _options(methods)
     settings = {"prompt": prompt, "seed": seed, "methods": options, **job.settings}
     stem = files.picture_name(index, prompt, seed, "+".join(options))
     stages: dict[str, Any] = {}
     with measure(job.request.device) as cost:
         if job.request.ladder is None:
-            image = _call(job, methods, prompt, seed, job.settings["steps"], **call)
+            image = _call(job, methods, prompt, seed, job.settings["steps"])
         else:
-            result = _climb(job, methods, prompt, seed, job.request.output / f"{stem}-stages", **call)
+            result = _climb(job, methods, prompt, seed, job.request.output / f"{stem}-stages")
             image, stages = result.images[0], {"stages": ladder.records_of(result)}
     record = {
         "file": f"{stem}.png",
@@ -167,7 +157,7 @@ def draw(
     return image, record
 
 
-def _call(job: Job, methods: tuple[Method, ...], prompt: str, seed: int, steps: int, **further: Any) -> Image.Image:
+def _call(job: _Job, methods: tuple[Method, ...], prompt: str, seed: int, steps: int) -> Image.Image:
     width, height = job.size
     call = {
         **call_arguments(job.pipe, [prompt], job.settings["guidance"]),
@@ -175,7 +165,6 @@ def _call(job: Job, methods: tuple[Method, ...], prompt: str, seed: int, steps: 
         "height": height,
         "num_inference_steps": steps,
         "generator": torch.Generator().manual_seed(seed),
-        **further,
     }
     if not methods:
         return job.pipe(**call).images[0]
@@ -183,7 +172,7 @@ def _call(job: Job, methods: tuple[Method, ...], prompt: str, seed: int, steps: 
         return job.pipe(**call).images[0]
 
 
-def _climb(job: Job, methods: tuple[Method, ...], prompt: str, seed: int, folder: Path, **further: Any) -> Any:
+def _climb(job: _Job, methods: tuple[Method, ...], prompt: str, seed: int, folder: Path) -> Any:
     """A picture by way of its stages, which are kept in ``folder``."""
     width, height = job.size
     below = int(len(job.request.pictures) > 1)
@@ -196,11 +185,10 @@ def _climb(job: Job, methods: tuple[Method, ...], prompt: str, seed: int, folder
         guidance_scale=job.settings["guidance"],
         generator=torch.Generator().manual_seed(seed),
         **ladder.call_options(job.request.ladder, folder, job.request.base_scale),
-        **further,
     )
 
 
-def _warm_up(job: Job) -> None:
+def _warm_up(job: _Job) -> None:
     """A step of each that nobody measures: what a first run pays for, such as compiling kernels, would count."""
     if job.request.ladder is not None:  # minutes long, so that it does not count
         return

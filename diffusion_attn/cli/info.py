@@ -22,6 +22,7 @@ from diffusion_attn.shapes.models import FOLDER, available
 from diffusion_attn.version import __version__
 
 _REQUIRED = ("torch", "diffusers", "transformers", "accelerate")
+_AT_THE_TOP = ("version", "python", "packages")  # of the text
 _SELF = "diffusion-attn"
 _FOR_DEVELOPERS = ("test", "dev")  # extras
 # Packages that belong to no extra, and are used where they are.
@@ -117,7 +118,9 @@ def _families() -> dict[str, str]:
 def _as_text(facts: dict[str, Any]) -> str:
     lines = [f"diffusion-attn {facts['version']}", f"python {facts['python']}"]
     lines += [f"{name} {number}" for name, number in facts["packages"].items()]
-    for key, entries in list(facts.items())[3:]:  # after the versions
+    for key, entries in facts.items():
+        if key in _AT_THE_TOP:
+            continue
         lines += ["", f"{key.replace('_', ' ')}:"]
         if isinstance(entries, dict):
             width = max(map(len, entries), default=0)

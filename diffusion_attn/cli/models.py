@@ -154,6 +154,25 @@ def default_steps(pipe: Any, model: str) -> int:
     return _EMBEDDED_STEPS if _is_embedded(model) else _parameters(pipe)["num_inference_steps"].default
 
 
+def run_settings(pipe: Any, args: Any, size: Size) -> dict[str, Any]:
+    """What is written beside the pictures of a run: ``model``, ``size``, ``steps`` and ``guidance``.
+
+    Args:
+        pipe: the model.
+        args: have ``model``, ``steps`` and ``guidance``, the latter two ``None`` for the model's defaults.
+        size: width and height in pixels.
+
+    Raises:
+        CommandError: guidance is asked of a pipeline that has none.
+    """
+    return {
+        "model": args.model,
+        "size": list(size),
+        "steps": args.steps or default_steps(pipe, args.model),
+        "guidance": guidance_of(pipe, args.model, args.guidance),
+    }
+
+
 def word_maps_of(pipe: Any, model: str, size: Size, factor: int | None) -> Size:
     """``(height, width)`` of the maps in which words are looked for, in a picture of ``size`` ``(width, height)``.
 

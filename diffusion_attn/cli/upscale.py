@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from diffusion_attn.cli import files, ladder, models, oracle
 from diffusion_attn.cli.errors import CommandError
@@ -64,65 +61,27 @@ def run(args: Any) -> int:
     with silence(args.quiet):
         pipe = models.load_model(args.model, pick_dtype(args.dtype, device), device)
         made = [method if isinstance(method, Method) else method(pipe) for method in methods]
-        for index, (path, picture, pixels) in enumerate(zip(args.image, pictures, sizes, strict=True)):
-            _, record = enlarge(pipe, made, picture, f"{index:04d}-{files.slug(Path(path).stem)}", path, pixels, args)
+        hires = ladder.make_pipeline(pipe, made, (), args.quiet)
+        for index, (path, picture, (width, height)) in enumerate(zip(args.image, pictures, sizes, strict=True)):
+            settings = {
+                "image": path,
+                "prompt": args.prompt,
+                **models.run_settings(pipe, args, (width, height)),
+                "seed": args.seed,
+                "ladder": args.ladder,
+                "strength": args.strength,
+                "refine": args.refine,
+                "methods": [method.name for method in made],
+            }
+            stem = f"{index:04d}-{files.slug(Path(path).stem)}-{width}x{height}"
+            result = _upscale(hires, picture, settings, args, output / f"{stem}-stages")
+            record = {**settings, "file": f"{stem}.png", "stages": ladder.records_of(result)}
+            record["oracle"] = oracle.consult(result.images[0], args.prompt)
+            files.save_json(output / f"{stem}.json", record)
+            files.save_png(output / f"{stem}.png", result.images[0], settings)
             if not args.quiet:
-                print(output / record["file"])
+                print(output / f"{stem}.png")
     return 0
-
-
-def enlarge(
-    pipe: Any,
-    methods: Sequence[Method],
-    picture: Image.Image,
-    stem: str,
-    path: str,
-    size: models.Size,
-    args: Any,
-    **call: Any,
-) -> tuple[Image.Image, dict[str, Any]]:
-    """Enlarge ``picture``, read from ``path``, to ``size`` and save it; returns it and what is written beside it.
-
-    Args:
-        pipe: a text-to-image pipeline.
-        methods: in force at all stages.
-        stem: of the file's name.
-        args: the parsed arguments of the command.
-        call: more arguments of the ladder's call.
-    """
-    import torch
-
-    output, (width, height) = Path(args.output).expanduser(), size
-    settings = {
-        "image": path,
-        "prompt": args.prompt,
-        "model": args.model,
-        "size": [width, height],
-        "steps": args.steps or models.default_steps(pipe, args.model),
-        "guidance": models.guidance_of(pipe, args.model, args.guidance),
-        "seed": args.seed,
-        "ladder": args.ladder,
-        "strength": args.strength,
-        "refine": args.refine,
-        "methods": [method.name for method in methods],
-    }
-    stem = f"{stem}-{width}x{height}"
-    result = ladder.make_pipeline(pipe, methods, (), args.quiet).upscale(
-        picture,
-        args.prompt,
-        height=height,
-        width=width,
-        num_inference_steps=settings["steps"],
-        guidance_scale=settings["guidance"],
-        generator=torch.Generator().manual_seed(args.seed),
-        **ladder.call_options(args, output / f"{stem}-stages"),
-        **call,
-    )
-    record = {**settings, "file": f"{stem}.png", "stages": ladder.records_of(result)}
-    record["oracle"] = oracle.consult(result.images[0], args.prompt)
-    files.save_json(output / f"{stem}.json", record)
-    files.save_png(output / f"{stem}.png", result.images[0], settings)
-    return result.images[0], record
 
 
 def _scaled(size: models.Size, scale: float) -> models.Size:
@@ -138,3 +97,19 @@ def _scaled(size: models.Size, scale: float) -> models.Size:
             f"give one that makes sides of 1 to {LARGEST_SIDE}."
         )
     return width, height
+
+
+def _upscale(hires: Any, picture: Any, settings: dict[str, Any], args: Any, folder: Path) -> Any:
+    import torch
+
+    width, height = settings["size"]
+    return hires.upscale(
+        picture,
+        args.prompt,
+        height=height,
+        width=width,
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance"],
+        generator=torch.Generator().manual_seed(args.seed),
+        **ladder.call_options(args, folder),
+    )
