@@ -17,26 +17,26 @@ from tests.golden.seeded import seed_parameters
 from tests.tiny import noise, picture
 
 ALSO = {"merge_cross_attention": True, "merge_feed_forward": True}
+SHORT = partial(tiny.sd, layers_per_block=1)
+SHORT_XL = partial(tiny.sdxl, layers_per_block=1, transformer_layers_per_block=1)
+"""Shorter to run and to trace, with all that a method distinguishes."""
 ROWS = {
-    "hidiffusion": (tiny.sd, lambda model: da.HiDiffusion()),
-    "linfusion": (tiny.sd, lambda model: seed_parameters(da.LinFusion.for_model(model, mid_dim=4))),
-    "agent": (tiny.sd, lambda model: da.AgentAttention()),
-    "agent-everywhere": (tiny.sd, lambda model: da.AgentAttention(max_downsample=4, **ALSO)),
-    "token_merging": (tiny.sd, lambda model: da.TokenMerging()),
+    "hidiffusion": (SHORT, lambda model: da.HiDiffusion()),
+    "linfusion": (SHORT, lambda model: seed_parameters(da.LinFusion.for_model(model, mid_dim=4))),
+    "agent": (SHORT, lambda model: da.AgentAttention()),
+    "agent-everywhere": (SHORT, lambda model: da.AgentAttention(max_downsample=4, **ALSO)),
+    "token_merging": (SHORT, lambda model: da.TokenMerging()),
     "agent-flux": (tiny.flux, lambda model: da.AgentAttention(experimental=True)),
     "agent-sd3": (tiny.sd3, lambda model: da.AgentAttention(experimental=True)),
     "clear": (tiny.flux, lambda model: seed_parameters(da.Clear.for_model(model, radius=4))),
     "clear-pooled": (tiny.flux, lambda model: seed_parameters(da.Clear.for_model(model, radius=3, down_factor=2))),
     "clear-sd3": (tiny.sd3, lambda model: seed_parameters(da.Clear.for_model(model, radius=4))),
-    "low_memory": (tiny.sd, lambda model: da.LowMemory(feed_forward_chunks=3, park_skips="disk")),
+    "low_memory": (SHORT, lambda model: da.LowMemory(feed_forward_chunks=3, park_skips="disk")),
     "low_memory-flux": (tiny.flux, lambda model: da.LowMemory(feed_forward_chunks=3)),
 }
 EXACT = ("low_memory", "low_memory-flux")
 """Rows whose pictures are the plain model's."""
-SHORT = partial(tiny.sd, layers_per_block=1)
-SHORT_XL = partial(tiny.sdxl, layers_per_block=1, transformer_layers_per_block=1)
-"""Shorter to trace, with all that a method distinguishes."""
-UNETS = [name for name, (make, _) in ROWS.items() if make is tiny.sd]
+UNETS = [name for name, (make, _) in ROWS.items() if make is SHORT]
 
 
 def pipeline_for(name):
@@ -76,9 +76,9 @@ def check_effect(name, on, plain):
 
 
 @cache
-def reference(name, make=None):
-    pipe = (make or ROWS[name][0])()
-    da.enable(pipe, method_for(name, make))
+def reference(name):
+    pipe = pipeline_for(name)
+    da.enable(pipe, method_for(name))
     return tiny.run(pipe)
 
 
@@ -219,7 +219,7 @@ def run_with_embeds(pipe):
 def test_with_an_ip_adapter(name):
     with_adapter = before_and_after(name, load_ip_adapter, run_with_embeds)
     assert not torch.allclose(with_adapter, reference(name), atol=1e-3)
-    pipe = tiny.sd()
+    pipe = pipeline_for(name)
     da.enable(pipe, method_for(name))
     load_ip_adapter(pipe)
     pipe.unload_ip_adapter()
@@ -309,7 +309,7 @@ def test_oblong_sizes(name, make, size):
 @every_unet_row
 def test_guidance_branch_by_branch_equals_the_batch(name):
     unet = tiny.unet().double()  # rounding decides nothing then, not even between tokens that are nearly alike
-    da.enable(unet, fresh_method(name), timesteps=torch.arange(901, 0, -100))
+    da.enable(unet, fresh_method(name, tiny.sd), timesteps=torch.arange(901, 0, -100))
     x, text = noise(2, 4, 36, 52).double(), noise(2, 5, 12, seed=4).double()
     with torch.no_grad():
         for t in (901, 301):
@@ -374,14 +374,13 @@ def test_compiled_as_a_whole(name, fresh_dynamo, order):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_block_by_block(name, fresh_dynamo):
-    make = SHORT if name in UNETS else ROWS[name][0]
-    pipe = make()
+    pipe = pipeline_for(name)
     model = tiny.denoiser(pipe)
     model._repeated_blocks = model._repeated_blocks or ["JointTransformerBlock"]  # SD3 names none
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
     tiny.run(pipe, steps=1)
-    da.enable(pipe, method_for(name, make))
-    close(tiny.run(pipe), reference(name, make))
+    da.enable(pipe, method_for(name))
+    close(tiny.run(pipe), reference(name))
     assert count_compilations(lambda: tiny.run(pipe))[1] == 0
 
 
