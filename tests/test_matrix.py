@@ -83,17 +83,21 @@ def reference(name):
 
 
 @cache
-def run_plain(make, change, run):
-    """The picture of a changed pipeline without methods, the same for all rows of a model."""
+def plain_of(run, build, *args):
+    """The picture of the pipeline that ``build(*args)`` makes: without methods, and so the same for all of them."""
+    return run(build(*args))
+
+
+def changed(make, change):
     pipe = make()
     change(pipe)
-    return run(pipe)
+    return pipe
 
 
 def before_and_after(name, change, run=tiny.run):
     """The change made before enabling and after it gives the same pictures; so does taking the method off again."""
     method = method_for(name)
-    plain = run_plain(ROWS[name][0], change, run)
+    plain = plain_of(run, changed, ROWS[name][0], change)
     outputs = []
     for order in ("before", "after"):
         pipe = pipeline_for(name)
@@ -400,45 +404,65 @@ def test_trains_with_gradient_checkpointing(name):
 # ---- other pipelines
 
 
+def with_controlnet(make):
+    pipe = make()
+    return tiny.quiet(diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=tiny.controlnet(pipe.unet)))
+
+
+def as_pipeline(make, auto):
+    return tiny.quiet(auto.from_pipe(make()))
+
+
+def run_with_picture(pipe, **kwargs):
+    return tiny.run(pipe, image=picture(), **kwargs)
+
+
+def run_at_size(pipe, **kwargs):
+    return run_with_picture(pipe, height=128, width=128, **kwargs)
+
+
+def redraw(pipe):
+    return run_with_picture(pipe, strength=0.8)
+
+
+def redraw_inside(pipe):
+    return run_at_size(pipe, strength=0.8, mask_image=picture(mode="L"))
+
+
 @every_unet_row
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
 def test_with_a_controlnet(name, make):
-    pipe = make()
-    pipe = tiny.quiet(diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=tiny.controlnet(pipe.unet)))
-    plain = tiny.run(pipe, image=picture())
+    pipe = with_controlnet(make)
+    plain = plain_of(run_with_picture, with_controlnet, make)
     da.enable(pipe, method_for(name, make))
-    on = tiny.run(pipe, image=picture())
+    on = run_with_picture(pipe)
     check_effect(name, on, plain)
-    assert not torch.allclose(on, tiny.run(pipe, image=picture(), controlnet_conditioning_scale=0.0))
+    assert not torch.allclose(on, run_with_picture(pipe, controlnet_conditioning_scale=0.0))
     da.disable(pipe)
-    assert torch.equal(tiny.run(pipe, image=picture()), plain)
+    assert torch.equal(run_with_picture(pipe), plain)
 
 
 @every_unet_row
 @pytest.mark.parametrize("make", tiny.T2I_ADAPTERS)
 def test_with_t2i_adapters(name, make):
     pipe = tiny.with_t2i_adapter(make)
-    kwargs = {"image": picture(), "height": 128, "width": 128}
-    plain = tiny.run(pipe, **kwargs)
+    plain = plain_of(run_at_size, tiny.with_t2i_adapter, make)
     da.enable(pipe, method_for(name, make))
-    on = tiny.run(pipe, **kwargs)
-    check_effect(name, on, plain)
+    check_effect(name, run_at_size(pipe), plain)
     da.disable(pipe)
-    assert torch.equal(tiny.run(pipe, **kwargs), plain)
+    assert torch.equal(run_at_size(pipe), plain)
 
 
 @every_unet_row
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
-@pytest.mark.parametrize("auto", [diffusers.AutoPipelineForImage2Image, diffusers.AutoPipelineForInpainting])
-def test_image_to_image_and_inpainting(name, make, auto):
-    kwargs = {"image": picture(), "strength": 0.8}
-    if auto is diffusers.AutoPipelineForInpainting:
-        kwargs |= {"mask_image": picture(mode="L"), "height": 128, "width": 128}
-    pipe = tiny.quiet(auto.from_pipe(make()))
-    plain = tiny.run(pipe, **kwargs)
+@pytest.mark.parametrize(
+    ("auto", "run"),
+    [(diffusers.AutoPipelineForImage2Image, redraw), (diffusers.AutoPipelineForInpainting, redraw_inside)],
+)
+def test_image_to_image_and_inpainting(name, make, auto, run):
+    pipe = as_pipeline(make, auto)
     da.enable(pipe, method_for(name, make))
-    on = tiny.run(pipe, **kwargs)
-    check_effect(name, on, plain)
+    check_effect(name, run(pipe), plain_of(run, as_pipeline, make, auto))
 
 
 @every_row
