@@ -15,15 +15,14 @@ from diffusion_attn.methods import METHODS
 from tests import test_matrix, tiny
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
-MODELS = {tiny.sd: "SD", tiny.sdxl: "SDXL", tiny.flux: "FLUX", tiny.sd3: "SD3"}
-SPELT = {"lora": "LoRA", "ip adapter": "IP-Adapter", "controlnet": "ControlNet", "t2i adapters": "T2I-Adapters"}
-SPELT |= {
-    "freeu": "FreeU",
-    "AutoPipelineFor": "",
-    "torch.": "",
-    "Image2Image": "image to image",
-    "Inpainting": "inpainting",
-}
+LAYOUTS = ("SD", "SDXL", "FLUX", "SD3")
+MODELS = dict(zip((tiny.sd, tiny.sdxl, tiny.flux, tiny.sd3), LAYOUTS, strict=True))
+MODELS |= {test_matrix.SHORT: "SD", test_matrix.SHORT_XL: "SDXL"}
+UNSAID = ("name", "make", "run")
+"""Arguments of tests that are columns and cells of the table, or follow from others."""
+SPELT = {"lora on ": "", "AutoPipelineFor": "", "torch.": ""}
+SPELT |= {"lora": "LoRA", "ip adapter": "IP-Adapter", "controlnet": "ControlNet", "t2i adapters": "T2I-Adapters"}
+SPELT |= {"freeu": "FreeU", "Image2Image": "image to image", "Inpainting": "inpainting"}
 RAUNET = da.HiDiffusion(window_attention=False)
 
 PAGE_TEXT = """---
@@ -55,7 +54,7 @@ Where they do not, the error says what to leave out.
 def page() -> str:
     """The page as it should be."""
     conditions = [
-        [condition, *(", ".join(model for model in MODELS.values() if model in served[name]) for name in METHODS)]
+        [condition, *(", ".join(model for model in LAYOUTS if model in served[name]) for name in METHODS)]
         for condition, served in _conditions()
     ]
     methods = [*METHODS, "RAU-Net alone"]
@@ -69,9 +68,10 @@ def _conditions() -> Iterator[tuple[str, dict[str, set[str]]]]:
         if name.startswith("test_") and hasattr(test, "pytestmark"):
             forms: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
             for case in _cases(test):
-                row, make = case.pop("name"), case.pop("make", None)
-                method = test_matrix.method_for(row).name
-                forms[", ".join(case.values())][method].add(MODELS[make or test_matrix.ROWS[row][0]])
+                row = case["name"]
+                make = case.get("make", test_matrix.ROWS[row][0])
+                form = ", ".join(words for key, words in case.items() if key not in UNSAID)
+                forms[form][test_matrix.method_for(row).name].add(MODELS[make])
             groups: dict[str, list[str]] = defaultdict(list)
             for form, served in forms.items():
                 groups[repr(sorted((method, sorted(models)) for method, models in served.items()))].append(form)
@@ -80,7 +80,7 @@ def _conditions() -> Iterator[tuple[str, dict[str, set[str]]]]:
 
 
 def _cases(test: Callable) -> Iterator[dict[str, Any]]:
-    """The arguments of each case of a parametrised test; in words, but for the row and its model."""
+    """The arguments of each case of a parametrised test; in words, but for `UNSAID`."""
     axes = []
     for mark in test.pytestmark:  # type: ignore[attr-defined]
         names, values, ids = mark.args[0], mark.args[1], mark.kwargs.get("ids")
@@ -89,7 +89,7 @@ def _cases(test: Callable) -> Iterator[dict[str, Any]]:
         axes.append([])
         for index, value in enumerate(values):
             case = dict(zip(names, value, strict=True))
-            shown = {key: ids[index] if ids else _words(x) for key, x in case.items() if key not in ("name", "make")}
+            shown = {key: ids[index] if ids else _words(x) for key, x in case.items() if key not in UNSAID}
             axes[-1].append({**case, **shown})
     for cases in product(*axes):
         yield {key: value for case in cases for key, value in case.items()}
@@ -106,13 +106,14 @@ def _words(value: Any) -> str:
 
 def _pairs(methods: list[str]) -> Iterator[list[str]]:
     """For each of ``methods``, whether it can be enabled with the others; nothing where no model has both."""
+    makes = {"": test_matrix.SHORT, "-flux": tiny.flux}
+    models = {suffix: tiny.denoiser(make()) for suffix, make in makes.items()}
     rows = {"": {"RAU-Net alone": RAUNET}, "-flux": {}}
-    for suffix, make in (("", tiny.sd), ("-flux", tiny.flux)):
+    for suffix, make in makes.items():
         found = {name: name + suffix if name + suffix in test_matrix.ROWS else name for name in METHODS}
         rows[suffix] |= {
             name: test_matrix.method_for(row) for name, row in found.items() if test_matrix.ROWS[row][0] is make
         }
-    models = {"": tiny.unet(), "-flux": tiny.transformer()}
     for first in methods:
         answers = []
         for second in methods:

@@ -270,8 +270,8 @@ def test_the_method_of_the_page_passes_the_matrix(monkeypatch):
     module = ModuleType("steady")
     monkeypatch.setitem(sys.modules, "steady", module)
     exec(code, vars(module))
-    monkeypatch.setitem(test_matrix.ROWS, "steady", (tiny.sd, lambda model: module.SteadyAttention()))
-    test_matrix.test_with_lora("steady", ("to_q", "to_v"))
+    monkeypatch.setitem(test_matrix.ROWS, "steady", (test_matrix.SHORT, lambda model: module.SteadyAttention()))
+    test_matrix.test_with_lora("steady", test_matrix.lora_on_attention)
     test_matrix.test_a_copy_of_an_enabled_model_works_on_its_own("steady")
     test_matrix.test_disable_leaves_no_trace("steady")
 

@@ -350,11 +350,14 @@ COMPILED = [name for name in ROWS if name != "agent"]
 
 
 @pytest.mark.parametrize(
-    ("name", "order"),
-    [(name, order) for name in COMPILED for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))],
+    ("name", "make", "order"),
+    [
+        (name, SHORT_XL if name in UNETS else ROWS[name][0], order)
+        for name in COMPILED
+        for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))
+    ],
 )
-def test_compiled_as_a_whole(name, fresh_dynamo, order):
-    make = SHORT_XL if name in UNETS else ROWS[name][0]
+def test_compiled_as_a_whole(name, make, fresh_dynamo, order):
     pipe, method = make(), fresh_method(name, make)
     part, model = part_of(pipe), tiny.denoiser(pipe)
     eager = make()
