@@ -27,6 +27,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusion_attn as da
+from diffusion_attn.bench import run_bench
 from diffusion_attn.cli import distill
 from diffusion_attn.cli.main import COMMANDS, main, parse
 from diffusion_attn.distill import DistillConfig, Distiller
@@ -111,12 +112,19 @@ def hub(cached, monkeypatch):
 
 
 def shorter(function):
-    """``function``, or in its place one that draws in few steps at most `SIDE` pixels, or trains for a step."""
+    """``function``, or one that draws in few steps at most `SIDE` pixels, trains for a step, or measures once."""
     if function is Distiller:
         return lambda config: Distiller(
-            replace(config, run=replace(config.run, steps=1), optim=replace(config.optim, batch_size=1, micro_batch=1)),
+            replace(
+                config,
+                run=replace(config.run, steps=1, validation_steps=STEPS),
+                optim=replace(config.optim, batch_size=1, micro_batch=1),
+            ),
             quiet=True,
         )
+    if function is run_bench:
+        few = {"steps": STEPS, "repeats": 1, "quality": 1}
+        return lambda pipe, methods, sizes, **kwargs: run_bench(pipe, methods, sizes[:1], **{**kwargs, **few})
     if isinstance(function, HighResolutionPipeline):
         few = {"num_inference_steps": LADDER_STEPS}
     elif isinstance(function, DiffusionPipeline):
