@@ -27,7 +27,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusion_attn as da
-from diffusion_attn.bench import run_bench
+from diffusion_attn import bench
 from diffusion_attn.cli import distill
 from diffusion_attn.cli.main import COMMANDS, main, parse
 from diffusion_attn.distill import DistillConfig, Distiller
@@ -122,9 +122,9 @@ def shorter(function):
             ),
             quiet=True,
         )
-    if function is run_bench:
+    if function is bench.run_bench:
         few = {"steps": STEPS, "repeats": 1, "quality": 1}
-        return lambda pipe, methods, sizes, **kwargs: run_bench(pipe, methods, sizes[:1], **{**kwargs, **few})
+        return lambda pipe, methods, sizes, **kwargs: function(pipe, methods, sizes[:1], **{**kwargs, **few})
     if isinstance(function, HighResolutionPipeline):
         few = {"num_inference_steps": LADDER_STEPS}
     elif isinstance(function, DiffusionPipeline):
@@ -302,6 +302,7 @@ def test_the_book_builds_without_a_warning_and_fetches_nothing(tmp_path):
         fetched = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(https?:[^\"> ]*)", page)
         assert not fetched, (path, fetched)
     anchors = {name.rpartition(".")[2] for page in pages.values() for name in re.findall(r'id="([\w.]+)"', page)}
-    for part in (da, da.ops, da.processors, da.pipelines, da.editing, da.editing.inversion, da.distill, da.shapes):
+    parts = (da, da.ops, da.processors, da.pipelines, da.editing, da.editing.inversion, da.distill, da.shapes, bench)
+    for part in parts:
         functions = {name for name in part.__all__ if callable(getattr(part, name))}
         assert functions <= anchors, (part.__name__, functions - anchors)
