@@ -17,26 +17,26 @@ from tests.golden.seeded import seed_parameters
 from tests.tiny import noise, picture
 
 ALSO = {"merge_cross_attention": True, "merge_feed_forward": True}
+SHORT = partial(tiny.sd, layers_per_block=1)
+SHORT_XL = partial(tiny.sdxl, layers_per_block=1, transformer_layers_per_block=1)
+"""Shorter to run and to trace, with all that a method distinguishes."""
 ROWS = {
-    "hidiffusion": (tiny.sd, lambda model: da.HiDiffusion()),
-    "linfusion": (tiny.sd, lambda model: seed_parameters(da.LinFusion.for_model(model, mid_dim=4))),
-    "agent": (tiny.sd, lambda model: da.AgentAttention()),
-    "agent-everywhere": (tiny.sd, lambda model: da.AgentAttention(max_downsample=4, **ALSO)),
-    "token_merging": (tiny.sd, lambda model: da.TokenMerging()),
+    "hidiffusion": (SHORT, lambda model: da.HiDiffusion()),
+    "linfusion": (SHORT, lambda model: seed_parameters(da.LinFusion.for_model(model, mid_dim=4))),
+    "agent": (SHORT, lambda model: da.AgentAttention()),
+    "agent-everywhere": (SHORT, lambda model: da.AgentAttention(max_downsample=4, **ALSO)),
+    "token_merging": (SHORT, lambda model: da.TokenMerging()),
     "agent-flux": (tiny.flux, lambda model: da.AgentAttention(experimental=True)),
     "agent-sd3": (tiny.sd3, lambda model: da.AgentAttention(experimental=True)),
     "clear": (tiny.flux, lambda model: seed_parameters(da.Clear.for_model(model, radius=4))),
     "clear-pooled": (tiny.flux, lambda model: seed_parameters(da.Clear.for_model(model, radius=3, down_factor=2))),
     "clear-sd3": (tiny.sd3, lambda model: seed_parameters(da.Clear.for_model(model, radius=4))),
-    "low_memory": (tiny.sd, lambda model: da.LowMemory(feed_forward_chunks=3, park_skips="disk")),
+    "low_memory": (SHORT, lambda model: da.LowMemory(feed_forward_chunks=3, park_skips="disk")),
     "low_memory-flux": (tiny.flux, lambda model: da.LowMemory(feed_forward_chunks=3)),
 }
 EXACT = ("low_memory", "low_memory-flux")
 """Rows whose pictures are the plain model's."""
-SHORT = partial(tiny.sd, layers_per_block=1)
-SHORT_XL = partial(tiny.sdxl, layers_per_block=1, transformer_layers_per_block=1)
-"""Shorter to trace, with all that a method distinguishes."""
-UNETS = [name for name, (make, _) in ROWS.items() if make is tiny.sd]
+UNETS = [name for name, (make, _) in ROWS.items() if make is SHORT]
 
 
 def pipeline_for(name):
@@ -76,24 +76,28 @@ def check_effect(name, on, plain):
 
 
 @cache
-def reference(name, make=None):
-    pipe = (make or ROWS[name][0])()
-    da.enable(pipe, method_for(name, make))
+def reference(name):
+    pipe = pipeline_for(name)
+    da.enable(pipe, method_for(name))
     return tiny.run(pipe)
 
 
 @cache
-def run_plain(make, change, run):
-    """The picture of a changed pipeline without methods, the same for all rows of a model."""
+def plain_of(run, build, *args):
+    """The picture of the pipeline that ``build(*args)`` makes: without methods, and so the same for all of them."""
+    return run(build(*args))
+
+
+def changed(make, change):
     pipe = make()
     change(pipe)
-    return run(pipe)
+    return pipe
 
 
 def before_and_after(name, change, run=tiny.run):
     """The change made before enabling and after it gives the same pictures; so does taking the method off again."""
     method = method_for(name)
-    plain = run_plain(ROWS[name][0], change, run)
+    plain = plain_of(run, changed, ROWS[name][0], change)
     outputs = []
     for order in ("before", "after"):
         pipe = pipeline_for(name)
@@ -134,11 +138,15 @@ def set_backend(pipe):
         processor._attention_backend = "_native_math"
 
 
-@every_row
-@pytest.mark.parametrize("change", [fuse_projections, slice_attention, set_processors, set_backend])
+WAYS = (fuse_projections, slice_attention, set_processors, set_backend)
+"""Of diffusers' own, fused projections fail on SD3.5's layers of the image alone."""
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, way) for name in ROWS for way in WAYS if not ("sd3" in name and way is fuse_projections)],
+)
 def test_with_other_ways_to_compute_attention(name, change):
-    if "sd3" in name and change is fuse_projections:
-        pytest.skip("diffusers' own processor for fused projections fails on SD3.5's layers of the image alone")
     close(before_and_after(name, change), reference(name))
 
 
@@ -219,7 +227,7 @@ def run_with_embeds(pipe):
 def test_with_an_ip_adapter(name):
     with_adapter = before_and_after(name, load_ip_adapter, run_with_embeds)
     assert not torch.allclose(with_adapter, reference(name), atol=1e-3)
-    pipe = tiny.sd()
+    pipe = pipeline_for(name)
     da.enable(pipe, method_for(name))
     load_ip_adapter(pipe)
     pipe.unload_ip_adapter()
@@ -309,7 +317,7 @@ def test_oblong_sizes(name, make, size):
 @every_unet_row
 def test_guidance_branch_by_branch_equals_the_batch(name):
     unet = tiny.unet().double()  # rounding decides nothing then, not even between tokens that are nearly alike
-    da.enable(unet, fresh_method(name), timesteps=torch.arange(901, 0, -100))
+    da.enable(unet, fresh_method(name, tiny.sd), timesteps=torch.arange(901, 0, -100))
     x, text = noise(2, 4, 36, 52).double(), noise(2, 5, 12, seed=4).double()
     with torch.no_grad():
         for t in (901, 301):
@@ -342,11 +350,14 @@ COMPILED = [name for name in ROWS if name != "agent"]
 
 
 @pytest.mark.parametrize(
-    ("name", "order"),
-    [(name, order) for name in COMPILED for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))],
+    ("name", "make", "order"),
+    [
+        (name, SHORT_XL if name in UNETS else ROWS[name][0], order)
+        for name in COMPILED
+        for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))
+    ],
 )
-def test_compiled_as_a_whole(name, fresh_dynamo, order):
-    make = SHORT_XL if name in UNETS else ROWS[name][0]
+def test_compiled_as_a_whole(name, make, fresh_dynamo, order):
     pipe, method = make(), fresh_method(name, make)
     part, model = part_of(pipe), tiny.denoiser(pipe)
     eager = make()
@@ -374,14 +385,13 @@ def test_compiled_as_a_whole(name, fresh_dynamo, order):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_block_by_block(name, fresh_dynamo):
-    make = SHORT if name in UNETS else ROWS[name][0]
-    pipe = make()
+    pipe = pipeline_for(name)
     model = tiny.denoiser(pipe)
     model._repeated_blocks = model._repeated_blocks or ["JointTransformerBlock"]  # SD3 names none
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
     tiny.run(pipe, steps=1)
-    da.enable(pipe, method_for(name, make))
-    close(tiny.run(pipe), reference(name, make))
+    da.enable(pipe, method_for(name))
+    close(tiny.run(pipe), reference(name))
     assert count_compilations(lambda: tiny.run(pipe))[1] == 0
 
 
@@ -401,45 +411,65 @@ def test_trains_with_gradient_checkpointing(name):
 # ---- other pipelines
 
 
+def with_controlnet(make):
+    pipe = make()
+    return tiny.quiet(diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=tiny.controlnet(pipe.unet)))
+
+
+def as_pipeline(make, auto):
+    return tiny.quiet(auto.from_pipe(make()))
+
+
+def run_with_picture(pipe, **kwargs):
+    return tiny.run(pipe, image=picture(), **kwargs)
+
+
+def run_at_size(pipe, **kwargs):
+    return run_with_picture(pipe, height=128, width=128, **kwargs)
+
+
+def redraw(pipe):
+    return run_with_picture(pipe, strength=0.8)
+
+
+def redraw_inside(pipe):
+    return run_at_size(pipe, strength=0.8, mask_image=picture(mode="L"))
+
+
 @every_unet_row
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
 def test_with_a_controlnet(name, make):
-    pipe = make()
-    pipe = tiny.quiet(diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=tiny.controlnet(pipe.unet)))
-    plain = tiny.run(pipe, image=picture())
+    pipe = with_controlnet(make)
+    plain = plain_of(run_with_picture, with_controlnet, make)
     da.enable(pipe, method_for(name, make))
-    on = tiny.run(pipe, image=picture())
+    on = run_with_picture(pipe)
     check_effect(name, on, plain)
-    assert not torch.allclose(on, tiny.run(pipe, image=picture(), controlnet_conditioning_scale=0.0))
+    assert not torch.allclose(on, run_with_picture(pipe, controlnet_conditioning_scale=0.0))
     da.disable(pipe)
-    assert torch.equal(tiny.run(pipe, image=picture()), plain)
+    assert torch.equal(run_with_picture(pipe), plain)
 
 
 @every_unet_row
 @pytest.mark.parametrize("make", tiny.T2I_ADAPTERS)
 def test_with_t2i_adapters(name, make):
     pipe = tiny.with_t2i_adapter(make)
-    kwargs = {"image": picture(), "height": 128, "width": 128}
-    plain = tiny.run(pipe, **kwargs)
+    plain = plain_of(run_at_size, tiny.with_t2i_adapter, make)
     da.enable(pipe, method_for(name, make))
-    on = tiny.run(pipe, **kwargs)
-    check_effect(name, on, plain)
+    check_effect(name, run_at_size(pipe), plain)
     da.disable(pipe)
-    assert torch.equal(tiny.run(pipe, **kwargs), plain)
+    assert torch.equal(run_at_size(pipe), plain)
 
 
 @every_unet_row
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
-@pytest.mark.parametrize("auto", [diffusers.AutoPipelineForImage2Image, diffusers.AutoPipelineForInpainting])
-def test_image_to_image_and_inpainting(name, make, auto):
-    kwargs = {"image": picture(), "strength": 0.8}
-    if auto is diffusers.AutoPipelineForInpainting:
-        kwargs |= {"mask_image": picture(mode="L"), "height": 128, "width": 128}
-    pipe = tiny.quiet(auto.from_pipe(make()))
-    plain = tiny.run(pipe, **kwargs)
+@pytest.mark.parametrize(
+    ("auto", "run"),
+    [(diffusers.AutoPipelineForImage2Image, redraw), (diffusers.AutoPipelineForInpainting, redraw_inside)],
+)
+def test_image_to_image_and_inpainting(name, make, auto, run):
+    pipe = as_pipeline(make, auto)
     da.enable(pipe, method_for(name, make))
-    on = tiny.run(pipe, **kwargs)
-    check_effect(name, on, plain)
+    check_effect(name, run(pipe), plain_of(run, as_pipeline, make, auto))
 
 
 @every_row

@@ -66,6 +66,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    parser, args = parse(argv)
+    if args.subcommand is None:
+        parser.print_help()
+        return 2
+    return COMMANDS[args.subcommand].run(args[args.subcommand])
+
+
+def parse(argv: list[str]) -> tuple[ArgumentParser, Any]:
+    """The parser, and what it reads in ``argv``: ``subcommand``, and under its name the subcommand's arguments."""
     parser = _parser(PROGRAM, "Attention methods for diffusers pipelines.", version=__version__)
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -75,11 +84,7 @@ def _run(argv: list[str]) -> int:
         commands.add_subcommand(name, subparser, help=description.rstrip("."))
     if "-".join(argv[:2]) in COMMANDS:  # two words as one: where the second one stands, there may be a recipe
         argv = ["-".join(argv[:2]), *argv[2:]]
-    args = parser.parse_args(argv)
-    if args.subcommand is None:
-        parser.print_help()
-        return 2
-    return COMMANDS[args.subcommand].run(args[args.subcommand])
+    return parser, parser.parse_args(argv)
 
 
 def _parser(prog: str, description: str, **kwargs: Any) -> ArgumentParser:
