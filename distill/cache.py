@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,24 @@ import torch
 from tqdm import tqdm
 
 from diffusion_attn.core.errors import CheckpointFormatError
+from diffusion_attn.core.tensors import open_tensors, read_tensors
 from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.data import Order, PictureData, Sample, ShapesData
 from diffusion_attn.distill.encoding import Encoded, encode, encode_nothing, fingerprint
 from diffusion_attn.distill.families import denoiser_of, family_of
 from diffusion_attn.distill.sources import DataError, find_pictures
 from diffusion_attn.distill.teacher import size_step, training_size
-from diffusion_attn.methods.checkpoints import read_json, read_tensors
+from diffusion_attn.methods.checkpoints import read_json
 
 INDEX = "cache.json"
 EMPTY = "empty.safetensors"
 SHARD = 256
 """Samples of a file."""
+
+LARGEST_INDEX = 2**30
+"""Bytes; those of ten million pictures."""
+
+_FILE = re.compile(r"shard-\d{6,}\.safetensors")
 
 
 @dataclass
@@ -68,9 +75,22 @@ class Index:
                 "or give another --data.source."
             )
         try:
-            return cls(**read_json(folder / INDEX))
-        except (CheckpointFormatError, TypeError) as error:
+            index = cls(**read_json(folder / INDEX, LARGEST_INDEX))
+            index._check()
+            return index
+        except (CheckpointFormatError, TypeError, ValueError) as error:
             raise DataError(f"{str(folder / INDEX)!r} is damaged ({error}); make the cache again.") from error
+
+    def _check(self) -> None:
+        if not isinstance(self.made_of, dict) or not isinstance(self.total, int):
+            raise ValueError("it does not tell what it was made of")
+        if not isinstance(self.shards, dict) or not all(map(_FILE.fullmatch, self.shards)):
+            raise ValueError("it names files that are no shards")
+        for row in chain.from_iterable(self.shards.values()):
+            if [type(number) for number in row] != [int, int, int]:
+                raise ValueError(f"{row!r} is not a number, a height and a width")
+        if not all(len(entry) == 2 and all(isinstance(x, str) for x in entry) for entry in self.broken):
+            raise ValueError("it does not tell which pictures are broken")
 
 
 # ---- making one
@@ -308,10 +328,8 @@ class CachedData:
 
     def _shard(self, file: str) -> tuple[Any, set[str]]:
         """An open file, and the names of a sample's tensors."""
-        from safetensors import safe_open
-
         if file not in self._files:
-            shard = safe_open(self.folder / file, "pt")
+            shard = open_tensors(self.folder / file)
             keys = shard.keys()
             self._files[file] = shard, {key.partition("/")[2] for key in keys}
         return self._files[file]

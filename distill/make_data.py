@@ -88,6 +88,7 @@ def _begin(output: Path, settings: dict[str, Any]) -> None:
     file = output / SETTINGS
     if file.exists():
         if (found := read_json(file)) != settings:
+            found = found if isinstance(found, dict) else {}
             changed = ", ".join(name for name in settings if found.get(name) != settings[name])
             raise DataError(
                 f"--output {str(output)!r} holds pictures made with another {changed}; choose another folder, or go on "

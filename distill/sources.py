@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.reading import parse_json
 from diffusion_attn.distill.config import DataConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -20,6 +20,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 CAPTION_FILES = ("metadata.jsonl", "captions.csv", "metadata.csv")
 """Where a folder's captions are looked for, in this order; without any of them in a text file beside each picture."""
+
+_LARGEST_CAPTION = 2**20
+"""Bytes of a ``.txt`` or ``.json`` in a tar file."""
 
 
 class DataError(DiffusionAttnError):
@@ -127,11 +130,11 @@ def _beside(root: Path) -> Iterator[tuple[Path, str]]:
 def _rows(file: Path, column: str) -> Iterator[tuple[str, str]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows: Any = csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
+            rows: Any = csv.DictReader(lines) if file.suffix == ".csv" else map(parse_json, filter(str.strip, lines))
             for row in rows:
                 if row[column] is not None:
                     yield str(row["file_name"]), str(row[column])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); expected file_name and {column} in every "
             "row, or name the caption's column with --data.caption_column."
@@ -197,8 +200,10 @@ def _members(file: Path, column: str) -> Iterator[tuple[Path, str, int, int, str
                 if suffix in SUFFIXES:
                     pictures[key] = (member.name, member.offset_data, member.size)
                 elif suffix in (".txt", ".json") and (content := archive.extractfile(member)):
+                    if member.size > _LARGEST_CAPTION:
+                        raise ValueError(f"{member.name} has {member.size} bytes, more than a caption")
                     text = content.read().decode("utf-8")
-                    found = text.strip() if suffix == ".txt" else json.loads(text)[column]
+                    found = text.strip() if suffix == ".txt" else parse_json(text)[column]
                     captions |= {} if found is None else {key: str(found)}
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
+from diffusion_attn.core.loading import WEIGHTS_ONLY
 from diffusion_attn.distill.config import ConfigError
 from diffusion_attn.distill.families import family_of
 from diffusion_attn.shapes import models
@@ -27,7 +28,8 @@ def load_teacher(name: str) -> Any:
         if name in models.available():
             pipe = models.load_pipeline(name)
         else:
-            pipe = DiffusionPipeline.from_pretrained(path if path.is_dir() else name, dtype=torch.float32)
+            where = path if path.is_dir() else name
+            pipe = DiffusionPipeline.from_pretrained(where, dtype=torch.float32, **WEIGHTS_ONLY)
     except Exception as error:  # loaders raise whatever the broken file or the connection made them raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise DiffusionAttnError(

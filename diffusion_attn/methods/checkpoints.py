@@ -1,9 +1,8 @@
-"""Published weights: found on the Hub or in a folder, read, checked and written; safetensors only."""
+"""Published weights: found on the Hub or in a folder, checked and written; safetensors only."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffusion_attn.core import reading
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -75,35 +75,17 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
     return next((place for place in (folder, EMBEDDED / folder) if place.is_dir()), None)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+def read_json(path: Path, largest: int = reading.LARGEST_JSON) -> Any:
+    """The content of a JSON file of ``largest`` bytes at most.
 
     Raises:
-        CheckpointFormatError: it is not JSON.
+        CheckpointFormatError: it is not JSON, or not within the bounds of `reading`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path, largest)
     except ValueError as error:
         raise CheckpointFormatError(
             f"{path.name} in {path.parent.name!r} is not JSON ({error}); get it again."
-        ) from error
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU, in their stored dtype.
-
-    Raises:
-        CheckpointFormatError: the file is truncated, corrupt, or of another format.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointFormatError(
-            f"{path.name} in {path.resolve().parent.name!r} cannot be read as safetensors ({error}); it is "
-            "truncated or of another format: get it again."
         ) from error
 
 

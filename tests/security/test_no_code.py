@@ -1,0 +1,119 @@
+"""What comes with a model or a recipe is read, never run."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from diffusion_attn.cli import models
+from diffusion_attn.cli.errors import CommandError
+from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.loading import WEIGHTS_ONLY
+from diffusion_attn.distill import ConfigError, DistillConfig
+from diffusion_attn.distill.teacher import load_teacher
+from diffusion_attn.metrics.networks import load
+from tests import tiny
+
+
+@pytest.fixture
+def code(tmp_path):
+    """The text of a module that leaves a file when it is imported, which is looked for in the end."""
+    marker = tmp_path / "ran"
+    yield f"open({str(marker)!r}, 'w').close()\n"
+    assert not marker.exists(), "code from a downloaded file was run"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder of a diffusers pipeline, and a function that changes its index."""
+    folder = tmp_path / "model"
+    tiny.sd().save_pretrained(folder)
+
+    def change(**parts):
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+    return folder, change
+
+
+def refused(folder):
+    with pytest.raises(CommandError, match="could not be loaded"):
+        models.load_model(str(folder), torch.float32, "cpu")
+    with pytest.raises(DiffusionAttnError, match="could not be loaded"):
+        load_teacher(str(folder))
+
+
+def test_a_custom_pipeline_is_refused(model, code):
+    folder, change = model
+    body = f"from diffusers import StableDiffusionPipeline\nclass Mine(StableDiffusionPipeline):\n    pass\n{code}"
+    for name in ("pipeline.py", "mine.py", "None.py"):
+        (folder / name).write_text(body)
+    change(_class_name=["mine", "Mine"])
+    refused(folder)
+
+
+def test_a_custom_component_is_refused(model, code):
+    folder, change = model
+    (folder / "unet/mine.py").write_text(f"from diffusers import UNet2DConditionModel as Mine\n{code}")
+    change(unet=["mine", "Mine"])
+    refused(folder)
+
+
+def test_an_index_cannot_have_modules_imported(model, code, monkeypatch):
+    folder, change = model
+    (folder / "elsewhere.py").write_text(f"from diffusers import UNet2DConditionModel as Mine\n{code}")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "elsewhere", raising=False)
+    change(unet=["elsewhere", "Mine"])
+    refused(folder)
+
+
+def test_code_that_lies_beside_a_good_model_lies_there_still(model, code):
+    folder, _ = model
+    for name in ("pipeline.py", "unet/unet.py", "__init__.py", "diffusers.py"):
+        (folder / name).write_text(code)
+    assert models.load_model(str(folder), torch.float32, "cpu").unet is not None
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoTokenizer])
+def test_networks_and_tokenizers_with_code_are_refused(tmp_path, code, kind, monkeypatch):
+    folder = tmp_path / "network"
+    folder.mkdir()
+    (folder / "mine.py").write_text(f"class Mine:\n    pass\n{code}")
+    names = {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine", "AutoTokenizer": ["mine.Mine", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked, or what they answer does not count
+    options = WEIGHTS_ONLY if kind is AutoModel else {}
+    with pytest.raises(DiffusionAttnError, match="could not be loaded"):
+        load(kind, str(folder), "network", **options)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "model:\n  class_path: elsewhere.Mine\n",
+        "model: {class_path: elsewhere.Mine, init_args: {name: shapes-sd}}\n",
+        "class_path: elsewhere.Mine\n",
+        "method:\n  name:\n    class_path: elsewhere.Mine\n",
+        "run:\n  trackers:\n    - class_path: elsewhere.Mine\n",
+        "model: !!python/name:elsewhere.Mine\n",
+        "model: !!python/object/apply:importlib.import_module [elsewhere]\n",
+    ],
+)
+def test_recipes_import_nothing(tmp_path, code, monkeypatch, recipe):
+    (tmp_path / "elsewhere.py").write_text(f"from diffusion_attn.distill.config import ModelConfig as Mine\n{code}")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "elsewhere", raising=False)
+    with pytest.raises(ConfigError):
+        DistillConfig.load(tmp_path / "recipe.yaml")
+
+
+def test_recipes_do_not_name_other_files(tmp_path):
+    (tmp_path / "other.yaml").write_text("name: shapes-sd")
+    (tmp_path / "recipe.yaml").write_text(f"model: {tmp_path / 'other.yaml'}")
+    with pytest.raises(ConfigError, match="model is '"):
+        DistillConfig.load(tmp_path / "recipe.yaml")
