@@ -86,7 +86,7 @@ class LinFusion:
         entries = config.get("modules_list") if isinstance(config, dict) else None
         if not isinstance(entries, list) or not 0 < len(entries) <= _MOST_LAYERS:
             raise CheckpointFormatError(
-                f"config.json of {str(id_or_dir)!r} has no modules_list, or one of no layers or of too many, so it does not "
+                f"config.json of {str(id_or_dir)!r} has no modules_list, or one of too many layers, so it does not "
                 "describe LinFusion weights; give a folder or Hub id of the published format."
             )
         layers = [LayerConfig.parse(entry) for entry in entries]
