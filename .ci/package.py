@@ -108,7 +108,7 @@ def build(work: Path) -> tuple[Path, Path]:
     with tarfile.open(archive) as tar:
         tar.extractall(work / "source", filter="data")
     (source,) = (work / "source").iterdir()
-    listed = run("git", "ls-files", cwd=ROOT, capture_output=True).stdout.split("\n")
+    listed = run("git", "-c", "safe.directory=*", "ls-files", cwd=ROOT, capture_output=True).stdout.split("\n")
     missing = [name for name in filter(None, listed) if not (source / name).exists()]
     assert not missing, f"the source archive lacks {missing}"
     return wheel, source
