@@ -4,9 +4,9 @@
     python -m benchmarks.agent layer      # one self-attention and its matching, ours and the package tomesd's
     python -m benchmarks.agent step       # one UNet step of full-size layouts; resumes where it stopped
     python -m benchmarks.agent quality    # the oracle's table on the embedded model; resumes where it stopped
-    python -m benchmarks.agent report     # docs/results/agent.md from the committed numbers
 
-Run from the repository root. The first four print a table and keep it as a section of the JSON file ``--output``.
+Run from the repository root. They print a table and keep it as a section of the JSON file ``--output``;
+``python -m benchmarks.report`` makes the page of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 import diffusion_attn as da
 from benchmarks import common, oracle
 from benchmarks.common import LAYOUTS, TIMESTEPS
-from benchmarks.pages import Section, add_report, finish, keep, origin, resume, run, shared_arguments
+from benchmarks.pages import Section, finish, keep, origin, resume, run, shared_arguments
 from diffusion_attn.methods.agent.setting import Setting
 from diffusion_attn.ops.match_tokens import TokenMatch, match_tokens
 
@@ -384,13 +384,13 @@ def applies(size: int, variant: str) -> bool:
 
 # ---- page
 
-_INTRODUCTION = """\
+INTRODUCTION = """\
 # Agent attention and token merging in numbers
 
-Written by `python -m benchmarks.agent report` from the JSON files beside this page; edit neither by hand.
+Written by `python -m benchmarks.report` from the JSON files beside this page; edit neither by hand.
 """
 
-_SECTIONS = {
+SECTIONS = {
     "flops": Section(
         "Operations",
         "GFLOP of one evaluation of SD 1.5's UNet at batch 1, and of one self-attention of its finest level: on all "
@@ -447,7 +447,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--small", action="store_true", help="a toy of the layout, to try the benchmark itself")
     add("--restart", action="store_true", help="drop the rows that are there")
     oracle.add_quality(commands, [on_device, kept], QUALITY, [1, 2])
-    add_report(commands)
     return finish(parser.parse_args(argv), NAME, argv)
 
 
@@ -455,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one subcommand, print its table and keep its section."""
     args = parse(sys.argv[1:] if argv is None else argv)
     quality = partial(oracle.quality, variants=QUALITY, applies=applies)
-    run(args, _INTRODUCTION, _SECTIONS, {"flops": flops, "layer": layer, "step": step, "quality": quality})
+    run(args, SECTIONS, {"flops": flops, "layer": layer, "step": step, "quality": quality})
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python -m benchmarks.clear op         # one attention call against full, masked and published forms; resumes
     python -m benchmarks.clear step       # one forward pass of FLUX's width on few layers
     python -m benchmarks.clear quality    # the oracle's table on the embedded model; resumes where it stopped
-    python -m benchmarks.clear report     # docs/results/clear.md from the committed numbers
 
-Run from the repository root. All but the last print a table and keep it as a section of the JSON file ``--output``.
+Run from the repository root. They print a table and keep it as a section of the JSON file ``--output``;
+``python -m benchmarks.report`` makes the page of it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from benchmarks.local_work import (
     raster_mask,
     visited_pairs,
 )
-from benchmarks.pages import Section, add_report, finish, keep, origin, resume, run, shared_arguments
+from benchmarks.pages import Section, finish, keep, origin, resume, run, shared_arguments
 from diffusion_attn.ops.local_attention import choose_backend
 from diffusion_attn.ops.local_rule import tile_order
 
@@ -494,13 +494,13 @@ def is_compared(size: int, variant: str) -> bool:
 
 # ---- page
 
-_INTRODUCTION = """\
+INTRODUCTION = """\
 # CLEAR in numbers
 
-Written by `python -m benchmarks.clear report` from the JSON files beside this page; edit neither by hand.
+Written by `python -m benchmarks.report` from the JSON files beside this page; edit neither by hand.
 """
 
-_SECTIONS = {
+SECTIONS = {
     "audit": Section(
         "The work of two layouts",
         "FlexAttention skips whole blocks of 128 queries and 128 keys. In raster order, as published, a block is a "
@@ -569,7 +569,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     add("--small", action="store_true", help="a toy of the layout, to try the benchmark itself")
     oracle.add_quality(commands, [on_device, kept], QUALITY, [1, 2], SHAPES_FLUX)
-    add_report(commands)
     for name in ("op", "step"):
         commands.choices[name].set_defaults(dtype=None)
     args = parser.parse_args(argv)
@@ -588,7 +587,7 @@ def main(argv: list[str] | None = None) -> None:
         "step": step,
         "quality": partial(oracle.quality, variants=QUALITY, applies=is_compared, subject=SHAPES_FLUX),
     }
-    run(args, _INTRODUCTION, _SECTIONS, commands)
+    run(args, SECTIONS, commands)
 
 
 if __name__ == "__main__":

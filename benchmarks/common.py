@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -23,10 +20,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
-import diffusion_attn as da
+from diffusion_attn.bench.table import table as table
 from diffusion_attn.core.session import bind_call
 from diffusion_attn.core.unet_layout import attention_levels, mirror
-from diffusion_attn.metrics.cost import Cost, measure
+from diffusion_attn.metrics import turns
+from diffusion_attn.metrics.cost import Cost
+from diffusion_attn.metrics.machine import device_slug
+from diffusion_attn.metrics.machine import machine as machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -151,30 +151,20 @@ def in_turns(
     change: Callable[[str], AbstractContextManager] = nullcontext,
     own_time: bool = False,
 ) -> dict[str, list[Cost]]:
-    """Costs of every variant, measured in rounds that each begin with another one; a first round is thrown away.
-
-    ``change`` puts a variant in force, which is not measured. ``own_time`` counts only while the calling thread ran, on
-    a CPU: what one thread computes costs the same then whatever else the machine does.
+    """Costs of every variant, see `turns.in_turns`; ``own_time`` counts only while the calling thread ran, on a CPU.
 
     Raises:
         SystemExit: there are other threads whose time ``own_time`` would not count.
     """
-    if own_time and (torch.get_num_threads() > 1 or device != "cpu"):
+    if own_time and not turns.only_thread(device):
         raise SystemExit(
             "own time is that of one thread on a CPU; set OMP_NUM_THREADS=1, or measure on the wall clock."
         )
-    costs: dict[str, list[Cost]] = {name: [] for name in names}
-    order = [names[(i + shift) % len(names)] for shift in range(-1, repeats) for i in range(len(names))]
-    for index, name in enumerate(tqdm(order, desc=what)):
-        with torch.no_grad(), change(name), measure(device) as cost:
-            began = time.thread_time()
-            call(name)
-            ran = time.thread_time() - began
-        if own_time:
-            cost.seconds = ran
-        if index >= len(names):
-            costs[name].append(cost)
-    return costs
+    clock = time.thread_time if own_time else time.perf_counter
+    with tqdm(total=len(names) * (repeats + 1), desc=what) as bar:
+        return turns.in_turns(
+            names, repeats, call, device, change=change, clock=clock, before_each=lambda name: bar.update()
+        )
 
 
 # ---- other people's methods
@@ -244,30 +234,6 @@ def tomesd(unet: nn.Module, ratio: float = 0.5) -> Iterator[None]:
 # ---- results
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the numbers were made on, without names of hosts or folders."""
-    facts = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "diffusion_attn": da.__version__,
-    }
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def _processor() -> str:
-    """The processor's model where Linux tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0]} ({platform.machine()})" if models else platform.machine()
-
-
 def command_line(module: str, arguments: Sequence[str]) -> str:
     """The command that runs ``module`` with ``arguments`` from the repository root; absolute paths are not told."""
     return shlex.join(["python", "-m", module, *("=".join(map(_portable, arg.split("="))) for arg in arguments)])
@@ -283,9 +249,7 @@ def _portable(word: str) -> str:
 
 def default_output(benchmark: str, device: str = "cpu", dtype: str = "float32") -> Path:
     """Where a benchmark's numbers go: the name holds the device, dtype and version of torch."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-    slug = "-".join(name.lower().split())
-    return RESULTS / f"{benchmark}-{slug}-{dtype}-torch{torch.__version__.split('+')[0]}.json"
+    return RESULTS / f"{benchmark}-{device_slug(device)}-{dtype}-torch{torch.__version__.split('+')[0]}.json"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -299,17 +263,3 @@ def write_section(path: Path, name: str, section: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({**read_results(path), name: section}, indent=1) + "\n")
     temporary.replace(path)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table that also reads well in a terminal; the first ``left`` columns are aligned to the left."""
-    rows = [list(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    marks = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-
-    def line(cells: Sequence[str]) -> str:
-        """One row, padded."""
-        sides = ["<"] * left + [">"] * (len(cells) - left)
-        return "| " + " | ".join(map("{:{}{}}".format, cells, sides, widths)) + " |"
-
-    return "\n".join([line(head), line(marks), *map(line, rows)])

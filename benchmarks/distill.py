@@ -3,9 +3,9 @@
     python -m benchmarks.distill step                # on the embedded model, or on a folder with --model
     diffusion-attn evaluate --student RUN --output RUN/evaluation
     python -m benchmarks.distill curve --runs RUN... # losses and scores of finished runs, side by side
-    python -m benchmarks.distill report              # docs/results/distill.md from the committed numbers
 
-Run from the repository root. They print a table and keep it as a section of the JSON file ``--output``.
+Run from the repository root. They print a table and keep it as a section of the JSON file ``--output``;
+``python -m benchmarks.report`` makes the page of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 
 import diffusion_attn as da
 from benchmarks import common
-from benchmarks.pages import Section, add_report, finish, origin, run, shared_arguments
+from benchmarks.pages import Section, finish, origin, run, shared_arguments
 from diffusion_attn.distill import losses
 from diffusion_attn.distill.cache import CachedData, make_cache
 from diffusion_attn.distill.config import DataConfig, MethodConfig
@@ -213,13 +213,13 @@ def curve_table(section: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-_INTRODUCTION = """\
+INTRODUCTION = """\
 # Distillation in numbers
 
-Written by `python -m benchmarks.distill report` from the JSON files beside this page; edit neither by hand.
+Written by `python -m benchmarks.report` from the JSON files beside this page; edit neither by hand.
 """
 
-_SECTIONS = {
+SECTIONS = {
     "step": Section(
         "A step, part by part",
         "Median milliseconds of each part of a step of LinFusion's distillation with all terms of the loss, measured "
@@ -251,13 +251,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--repeats", type=int, default=5)
     add = commands.add_parser("curve", parents=[kept], help="how runs went").add_argument
     add("--runs", type=Path, nargs="+", required=True, help="folders of finished runs")
-    add_report(commands)
     return finish(parser.parse_args(argv), NAME, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand, print its table and keep its section."""
-    run(parse(sys.argv[1:] if argv is None else argv), _INTRODUCTION, _SECTIONS, {"step": step, "curve": curve})
+    run(parse(sys.argv[1:] if argv is None else argv), SECTIONS, {"step": step, "curve": curve})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Edits of drawn pictures, read by an oracle: does the edit come out, does the rest stay, where do words look?
 
 python -m benchmarks.editing quality            # every way to invert a picture, on the same edits
-python -m benchmarks.editing report             # the page from the committed numbers
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.oracle import SHAPES_SD, digest
-from benchmarks.pages import Section, add_report, finish, keep, resume, run, shared_arguments
+from benchmarks.pages import Section, finish, keep, resume, run, shared_arguments
 from diffusion_attn.editing.inversion import Inversion, ddim_invert, direct_inversion, dynamic_prompts, null_text
 from diffusion_attn.pipelines import DPLPipeline
 from diffusion_attn.shapes.edits import KINDS_OF_EDIT, SceneEdit, scene_edits
@@ -200,7 +199,7 @@ def _looks_table(section: dict[str, Any]) -> str:
 
 INTRODUCTION = """# Editing drawn pictures
 
-Written by `python -m benchmarks.editing report` from the numbers beside it.
+Written by `python -m benchmarks.report` from the numbers beside it.
 """
 SECTIONS = {
     "quality": Section(
@@ -229,14 +228,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--guidance", type=float, default=3.0)
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--restart", action="store_true", help="drop the rows that are there")
-    add_report(commands)
     return finish(parser.parse_args(argv), NAME, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand, print its table and keep its section."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    run(args, INTRODUCTION, SECTIONS, {"quality": quality})
+    run(args, SECTIONS, {"quality": quality})
 
 
 if __name__ == "__main__":

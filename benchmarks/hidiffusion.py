@@ -3,9 +3,9 @@
     python -m benchmarks.hidiffusion flops      # per UNet evaluation, next to the official code's
     python -m benchmarks.hidiffusion speed      # seconds and peak memory of one UNet step, behind a parity gate
     python -m benchmarks.hidiffusion quality    # the oracle's table on the embedded model; resumes where it stopped
-    python -m benchmarks.hidiffusion report     # docs/results/hidiffusion.md from the committed numbers
 
-Run from the repository root. The first three print a table and keep it as a section of the JSON file ``--output``.
+Run from the repository root. They print a table and keep it as a section of the JSON file ``--output``;
+``python -m benchmarks.report`` makes the page of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import diffusion_attn as da
 from benchmarks import common, oracle
 from benchmarks.common import LAYOUTS, TIMESTEPS, Layout
-from benchmarks.pages import Section, add_report, finish, origin, run, shared_arguments
+from benchmarks.pages import Section, finish, origin, run, shared_arguments
 from diffusion_attn.core.context import StepContext
 from diffusion_attn.methods.hidiffusion.regime import regime
 
@@ -328,14 +328,14 @@ def is_compared(size: int, variant: str) -> bool:
 
 # ---- page
 
-_INTRODUCTION = """\
+INTRODUCTION = """\
 # HiDiffusion in numbers
 
-Written by `python -m benchmarks.hidiffusion report` from the JSON files beside this page; edit neither by hand. D is
+Written by `python -m benchmarks.report` from the JSON files beside this page; edit neither by hand. D is
 the dilated downsampler and P the pooled block of RAU-Net; a window is a quarter of the token grid.
 """
 
-_SECTIONS = {
+SECTIONS = {
     "flops": Section(
         "Operations per UNet evaluation",
         "TFLOP, batch 1, multiply and add counted separately; matrix products, convolutions and attention as they are "
@@ -374,7 +374,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--every-regime", action="store_true", help="also those that the method's schedule does not use at a size")
     add("--small", action="store_true", help="a toy of the layout, to try the benchmark itself")
     oracle.add_quality(commands, [on_device, kept], QUALITY, [1, 2, 4])
-    add_report(commands)
     return finish(parser.parse_args(argv), NAME, argv)
 
 
@@ -386,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         "speed": speed,
         "quality": partial(oracle.quality, variants=QUALITY, applies=is_compared),
     }
-    run(args, _INTRODUCTION, _SECTIONS, commands)
+    run(args, SECTIONS, commands)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python -m benchmarks.high_resolution shapes-flux --sizes 2 --captions 12
     python -m benchmarks.high_resolution scale      # one UNet pass to 2048 latent cells a side, and its plot; resumes
     python -m benchmarks.high_resolution seams      # the autoencoder in tiles against the whole picture
-    python -m benchmarks.high_resolution report     # docs/results/high_resolution.md from the committed numbers
 
-Run from the repository root. All but the last print a table and keep it as a section of the JSON file ``--output``.
+Run from the repository root. They print a table and keep it as a section of the JSON file ``--output``;
+``python -m benchmarks.report`` makes the page of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 import diffusion_attn as da
 from benchmarks import common
 from benchmarks.oracle import SHAPES_SD, Subject, digest
-from benchmarks.pages import Section, add_report, finish, keep, origin, resume, run, shared_arguments
+from benchmarks.pages import Section, finish, keep, origin, resume, run, shared_arguments
 from diffusion_attn.metrics.cost import measure
 from diffusion_attn.pipelines import HighResolutionPipeline, Ladder, Stage
 from diffusion_attn.pipelines.autoencoder import decode, encode, tiled
@@ -357,7 +357,7 @@ SECTIONS = {
 }
 INTRODUCTION = """# Large pictures in numbers
 
-Written by `python -m benchmarks.high_resolution report` from the JSON files beside this page; edit neither by hand.
+Written by `python -m benchmarks.report` from the JSON files beside this page; edit neither by hand.
 """
 
 
@@ -388,12 +388,10 @@ def main(argv: list[str]) -> None:
     add("--sizes", type=int, nargs="+", default=[256, 512])
     add("--tiles", type=int, nargs="+", default=[64, 128, 256])
     add("--captions", type=int, default=20)
-    add_report(commands)
     args = finish(parser.parse_args(argv), NAME, argv)
     flux = Subject("shapes-flux", ("transformer", "vae"), lambda pipe: pipe.vae.config.sample_size, SHAPES_SD.draw)
     run(
         args,
-        INTRODUCTION,
         SECTIONS,
         {
             "shapes-sd": lambda args: _quality(args, SD_WAYS, SHAPES_SD, ddim=True),

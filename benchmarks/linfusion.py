@@ -3,9 +3,9 @@
     python -m benchmarks.linfusion op         # against softmax and the published formulation, with the memory floor
     python -m benchmarks.linfusion step       # seconds and peak memory of one UNet step, and where the crossover is
     python -m benchmarks.linfusion quality    # the oracle's table on the embedded model; resumes where it stopped
-    python -m benchmarks.linfusion report     # docs/results/linfusion.md from the committed numbers
 
-Run from the repository root. The first three print a table and keep it as a section of the JSON file ``--output``.
+Run from the repository root. They print a table and keep it as a section of the JSON file ``--output``;
+``python -m benchmarks.report`` makes the page of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import diffusion_attn as da
 from benchmarks import common, oracle
 from benchmarks.common import LAYOUTS
-from benchmarks.pages import Section, add_report, finish, origin, run, shared_arguments
+from benchmarks.pages import Section, finish, origin, run, shared_arguments
 
 NAME = "linfusion"
 MID_DIMS = {"sd": None, "sdxl": lambda width: width // 16}
@@ -214,13 +214,13 @@ QUALITY: oracle.Variants = {
 
 # ---- page
 
-_INTRODUCTION = """\
+INTRODUCTION = """\
 # LinFusion in numbers
 
-Written by `python -m benchmarks.linfusion report` from the JSON files beside this page; edit neither by hand.
+Written by `python -m benchmarks.report` from the JSON files beside this page; edit neither by hand.
 """
 
-_SECTIONS = {
+SECTIONS = {
     "op": Section(
         "The op",
         "Median milliseconds, all ops of a token count measured in turns in one run, behind a parity gate. *Published "
@@ -267,7 +267,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     add("--small", action="store_true", help="a toy of the layout, to try the benchmark itself")
     oracle.add_quality(commands, [on_device, kept], QUALITY, [1])
-    add_report(commands)
     return finish(parser.parse_args(argv), NAME, argv)
 
 
@@ -275,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one subcommand, print its table and keep its section."""
     args = parse(sys.argv[1:] if argv is None else argv)
     commands = {"op": op, "step": step, "quality": partial(oracle.quality, variants=QUALITY)}
-    run(args, _INTRODUCTION, _SECTIONS, commands)
+    run(args, SECTIONS, commands)
 
 
 if __name__ == "__main__":

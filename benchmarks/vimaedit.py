@@ -1,7 +1,6 @@
 """ViMAEdit taken apart, on edits of drawn pictures that an oracle reads, beside other ways to edit.
 
 python -m benchmarks.vimaedit ablation          # its parts one by one, and the alternatives, on the same edits
-python -m benchmarks.vimaedit report            # the page from the committed numbers
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import common, editing
 from benchmarks.editing import WINDOWS, mse, psnr, succeeded
 from benchmarks.oracle import SHAPES_SD, digest
-from benchmarks.pages import Section, add_report, finish, keep, resume, run, shared_arguments
+from benchmarks.pages import Section, finish, keep, resume, run, shared_arguments
 from diffusion_attn.core.session import bind_call
 from diffusion_attn.editing.inversion import ddim_invert
 from diffusion_attn.metrics.cost import measure
@@ -229,7 +228,7 @@ def table(section: dict[str, Any]) -> str:
 
 INTRODUCTION = """# ViMAEdit taken apart
 
-Written by `python -m benchmarks.vimaedit report` from the numbers beside it.
+Written by `python -m benchmarks.report` from the numbers beside it.
 """
 SECTIONS = {
     "ablation": Section(
@@ -258,14 +257,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--guidance", type=float, default=3.0)
     add("--methods", nargs="+", choices=(*BASELINES, *METHODS), default=[*BASELINES, *METHODS])
     add("--restart", action="store_true", help="drop the rows that are there")
-    add_report(commands)
     return finish(parser.parse_args(argv), NAME, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand, print its table and keep its section."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    run(args, INTRODUCTION, SECTIONS, {"ablation": ablation})
+    run(args, SECTIONS, {"ablation": ablation})
 
 
 if __name__ == "__main__":

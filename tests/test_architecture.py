@@ -12,13 +12,14 @@ PACKAGE = ROOT / "diffusion_attn"
 MAY_IMPORT = {
     "core": {"core"},
     "ops": {"ops", "core.errors"},
-    "metrics": {"metrics", "core.errors", "core.loading", "core.reading"},
+    "metrics": {"metrics", "core.errors", "core.loading", "core.reading", "version"},
     "processors": {"processors", "ops", "core"},
     "methods": {"methods", "processors", "ops", "core"},
     "planning": {"planning", "core", "shapes.models"},
     "shapes": {"shapes", "core", "metrics.pie_bench"},
     "editing": {"editing", "processors", "core", "metrics.cost", "version"},
     "pipelines": {"pipelines", "editing", "methods", "ops", "core", "metrics"},
+    "bench": {"bench", "methods", "core", "metrics", "planning", "shapes"},
     "distill": {"distill", "methods", "core", "shapes", "metrics"},
 }
 FOLDERS = {name: ROOT / name for name in ("distill", "pipelines")}  # the others are inside the package
@@ -70,6 +71,7 @@ def test_only_base_requirements_are_imported():
 EXTRAS = {
     "kernels": {"triton"},
     "distill": {"prodigyopt", "datasets"},
+    "bench": {"matplotlib"},
     "metrics": {"torchmetrics"},
     "pie_bench": {"torchmetrics"},
 }  # imported where they are installed

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import diffusion_attn as da
-from benchmarks import common, distill, hidiffusion, linfusion
+from benchmarks import common, distill, hidiffusion, linfusion, report
 from benchmarks.common import LAYOUTS, TIMESTEPS
 from diffusion_attn.distill import DistillConfig, Distiller
 from diffusion_attn.shapes.tokenizer import build_tokenizer
@@ -145,7 +145,7 @@ def test_speed_and_report(tmp_path, capsys):
     row = {"model": "SD 1.5", "pixels": 1024, "counted": counted, "official": counted, "deviation": {}}
     flops = {"commands": ["python -m benchmarks.hidiffusion flops"], "machine": {"cores": 2}, "rows": [row]}
     common.write_section(output, "flops", flops)
-    hidiffusion.main(["report", "--folder", str(tmp_path)])
+    report.write_page(hidiffusion.NAME, tmp_path)
     page = (tmp_path / "hidiffusion.md").read_text()
     assert "| SD 1.5, 1024 px | counted   |   2.000 |       1.000 | - |" in page
     assert "$ python -m benchmarks.hidiffusion flops" in page
@@ -165,7 +165,7 @@ def test_no_speed_without_parity(tmp_path, monkeypatch):
 
 def test_report_without_results(tmp_path):
     with pytest.raises(SystemExit, match="nothing to report"):
-        hidiffusion.main(["report", "--folder", str(tmp_path)])
+        report.write_page(hidiffusion.NAME, tmp_path)
 
 
 def test_linfusion_ops_steps_and_report(tmp_path, capsys):
@@ -185,7 +185,7 @@ def test_linfusion_ops_steps_and_report(tmp_path, capsys):
         (128, 256, "LinFusion"),
     ]
     assert all(row["seconds"] > 0 and row["flops"] > 0 for row in steps)
-    linfusion.main(["report", "--folder", str(tmp_path)])
+    report.write_page(linfusion.NAME, tmp_path)
     page = (tmp_path / "linfusion.md").read_text()
     assert "| 128 x 256 |" in page and "## The op" in page and str(tmp_path) not in page
 
@@ -229,7 +229,7 @@ def test_the_parts_of_a_step_and_a_curve_of_runs(model, tmp_path, capsys):
     runs = json.loads(output.read_text())["curve"]["runs"]
     assert [point["step"] for point in runs["with"]["points"]] == [1, 2, 3]
     assert "attention" in runs["with"]["points"][0] and "attention" not in runs["without"]["points"][0]
-    distill.main(["report", "--folder", str(tmp_path)])
+    report.write_page(distill.NAME, tmp_path)
     page = (tmp_path / "distill.md").read_text()
     assert "| teacher, forward" in page and "| without" in page and str(tmp_path) not in page
     with pytest.raises(SystemExit, match=r"holds no history\.json"):

@@ -7,7 +7,7 @@ import tomesd
 import torch
 
 import diffusion_attn as da
-from benchmarks import agent
+from benchmarks import agent, report
 from tests import tiny
 from tests.tiny import noise
 
@@ -39,7 +39,7 @@ def test_a_step_is_timed_once_for_each_case_and_reported(tmp_path, capsys):
     assert rows["AgentAttention, early"]["flops"] < rows["TokenMerging 0.4"]["flops"] < rows["plain"]["flops"]
     assert rows["plain"]["matching"] is None
     assert 0 < rows["TokenMerging 0.4"]["matching"] < rows["TokenMerging 0.4"]["seconds"]
-    agent.main(["report", "--folder", str(tmp_path)])
+    report.write_page(agent.NAME, tmp_path)
     page = (tmp_path / "agent.md").read_text()
     assert "One UNet step" in page and "SDXL, 128 px" in page
 

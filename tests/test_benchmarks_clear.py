@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusion_attn as da
-from benchmarks import clear, common
+from benchmarks import clear, common, report
 from benchmarks.local_work import (
     BLOCK,
     FULL,
@@ -99,13 +99,13 @@ def test_ops_steps_and_report(tmp_path):
     with da.using(transformer, da.Clear(radius=8)):
         assert common.count_flops(call) == local["flops"]
 
-    clear.main(["report", "--folder", str(tmp_path)])
+    report.write_page(clear.NAME, tmp_path)
     page = (tmp_path / "clear.md").read_text()
     assert "## One attention call" in page and "| 1024 | radius 8 " in page and str(tmp_path) not in page
 
 
 def test_what_is_measured_depends_on_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card X1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X1")
     here, there = clear.parse(["op"]), clear.parse(["op", "--device", "cuda"])
     assert (here.heads, here.head_dim, here.dtype, here.output.name[:18]) == (4, 64, "float32", "clear-cpu-float32-")
     assert (there.heads, there.head_dim, there.dtype, there.grids[-1]) == (24, 128, "bfloat16", 512)

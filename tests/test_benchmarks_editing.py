@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import editing
+from benchmarks import editing, report
 from diffusion_attn.shapes.edits import KINDS_OF_EDIT, scene_edits
 from diffusion_attn.shapes.judging import judge
 from diffusion_attn.shapes.renderer import render
@@ -57,6 +57,6 @@ def test_a_table_is_filled_edit_by_edit(tmp_path, capsys):
     assert calls["DPL, 1 and 3 updates"] < calls["DPL"]
     with pytest.raises(SystemExit, match="steps"):
         editing.main(["quality", "--edits", "2", "--steps", "3", "--output", str(output)])
-    editing.main(["report", "--folder", str(tmp_path)])
+    report.write_page(editing.NAME, tmp_path)
     page = (tmp_path / "editing.md").read_text()
     assert "| direct" in page and "| words of" in page

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import vimaedit
+from benchmarks import report, vimaedit
 
 
 def test_a_table_is_filled_edit_by_edit(tmp_path):
@@ -27,5 +27,5 @@ def test_a_table_is_filled_edit_by_edit(tmp_path):
     assert all(of[name, "insert"]["iou"] is None for name in names)
     with pytest.raises(SystemExit, match="steps"):
         vimaedit.main(["ablation", "--edits", "3", "--steps", "3", "--output", str(output)])
-    vimaedit.main(["report", "--folder", str(tmp_path)])
+    report.write_page(vimaedit.NAME, tmp_path)
     assert "| + noise: ViMAEdit" in (tmp_path / "vimaedit.md").read_text()

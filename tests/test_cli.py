@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -563,6 +564,9 @@ def test_info_as_json(capsys):
     assert list(facts["methods"]) == list(METHODS) and all(facts["methods"].values())
     assert facts["embedded_models"] == available() and "unet" in facts["model_families"]
     assert facts["optional_packages"]["peft"] and "xformers" in facts["optional_packages"]
+    assert "shapes-linfusion" in facts["embedded_weights"] and not {*facts["embedded_weights"]} & {*available()}
+    assert facts["optional_parts"]["metrics"] == f"torchmetrics {version('torchmetrics')}"
+    assert not {"test", "dev"} & facts["optional_parts"].keys()
 
 
 def test_info_as_text(capsys):

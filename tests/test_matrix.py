@@ -34,7 +34,8 @@ ROWS = {
 EXACT = ("low_memory", "low_memory-flux")
 """Rows whose pictures are the plain model's."""
 SHORT = partial(tiny.sd, layers_per_block=1)
-"""Half as long to trace, with all that a method distinguishes."""
+SHORT_XL = partial(tiny.sdxl, layers_per_block=1, transformer_layers_per_block=1)
+"""Shorter to trace, with all that a method distinguishes."""
 UNETS = [name for name, (make, _) in ROWS.items() if make is tiny.sd]
 
 
@@ -75,15 +76,24 @@ def check_effect(name, on, plain):
 
 
 @cache
-def reference(name):
-    pipe = pipeline_for(name)
-    da.enable(pipe, method_for(name))
+def reference(name, make=None):
+    pipe = (make or ROWS[name][0])()
+    da.enable(pipe, method_for(name, make))
     return tiny.run(pipe)
 
 
-def before_and_after(name, change, **kwargs):
+@cache
+def run_plain(make, change, run):
+    """The picture of a changed pipeline without methods, the same for all rows of a model."""
+    pipe = make()
+    change(pipe)
+    return run(pipe)
+
+
+def before_and_after(name, change, run=tiny.run):
     """The change made before enabling and after it gives the same pictures; so does taking the method off again."""
     method = method_for(name)
+    plain = run_plain(ROWS[name][0], change, run)
     outputs = []
     for order in ("before", "after"):
         pipe = pipeline_for(name)
@@ -93,14 +103,12 @@ def before_and_after(name, change, **kwargs):
         assert report.layers[method.name]
         if order == "after":
             change(pipe)
-        outputs.append(tiny.run(pipe, **kwargs))
+        outputs.append(run(pipe))
         assert da.enabled(pipe) == [method]
     da.disable(pipe)
-    plain = pipeline_for(name)
-    change(plain)
-    close(tiny.run(pipe, **kwargs), tiny.run(plain, **kwargs))
+    close(run(pipe), plain)
     close(outputs[0], outputs[1])
-    check_effect(name, outputs[0], tiny.run(plain, **kwargs))
+    check_effect(name, outputs[0], plain)
     return outputs[0]
 
 
@@ -134,9 +142,13 @@ def test_with_other_ways_to_compute_attention(name, change):
     close(before_and_after(name, change), reference(name))
 
 
+def enable_freeu(pipe):
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
 @every_unet_row
 def test_with_freeu(name):
-    before_and_after(name, lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4))
+    before_and_after(name, enable_freeu)
 
 
 # ---- LoRA, IP-Adapter
@@ -153,12 +165,18 @@ def add_lora(pipe, *targets):
     )
 
 
+def lora_on_attention(pipe):
+    add_lora(pipe, "to_q", "to_v")
+
+
+def lora_on_others(pipe):
+    add_lora(pipe, "conv", "conv1", "proj_out", "to_out.0")
+
+
 @every_row
-@pytest.mark.parametrize(
-    "targets", [("to_q", "to_v"), ("conv", "conv1", "proj_out", "to_out.0")], ids=["attention", "others"]
-)
-def test_with_lora(name, targets):
-    with_lora = before_and_after(name, lambda pipe: add_lora(pipe, *targets))
+@pytest.mark.parametrize("change", [lora_on_attention, lora_on_others])
+def test_with_lora(name, change):
+    with_lora = before_and_after(name, change)
     assert not torch.allclose(with_lora, reference(name), atol=1e-3)
 
 
@@ -189,17 +207,21 @@ def ip_adapter(unet, width=6):
     return {"image_proj": image, "ip_adapter": projections}
 
 
+def load_ip_adapter(pipe):
+    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+
+
+def run_with_embeds(pipe):
+    return tiny.run(pipe, ip_adapter_image_embeds=[torch.cat([torch.zeros(1, 1, 6), noise(1, 1, 6)])])
+
+
 @every_unet_row
 def test_with_an_ip_adapter(name):
-    def change(pipe):
-        pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
-
-    embeds = [torch.cat([torch.zeros(1, 1, 6), noise(1, 1, 6)])]
-    with_adapter = before_and_after(name, change, ip_adapter_image_embeds=embeds)
+    with_adapter = before_and_after(name, load_ip_adapter, run_with_embeds)
+    assert not torch.allclose(with_adapter, reference(name), atol=1e-3)
     pipe = tiny.sd()
     da.enable(pipe, method_for(name))
-    assert not torch.allclose(with_adapter, tiny.run(pipe), atol=1e-3)
-    change(pipe)
+    load_ip_adapter(pipe)
     pipe.unload_ip_adapter()
     close(tiny.run(pipe), reference(name))
 
@@ -233,14 +255,19 @@ def test_with_offloading(name, offload):
     close(before_and_after(name, offload), reference(name))
 
 
-@every_row
-@OFFLOADS
-def test_with_lora_and_offloading(name, offload):
+@cache
+def lora_and(offload):
     def change(pipe):
         add_lora(pipe, "to_q", "to_out.0")
         offload(pipe)
 
-    before_and_after(name, change)
+    return change
+
+
+@every_row
+@OFFLOADS
+def test_with_lora_and_offloading(name, offload):
+    before_and_after(name, lora_and(offload))
 
 
 @every_row
@@ -310,47 +337,51 @@ def fresh_dynamo():
 ORDERS = ("before", "after", "in place")
 """Of compiling and enabling; in all of them for one row of each kind of attachment, as tracing takes long."""
 IN_ALL_ORDERS = ("hidiffusion", "clear")
+COMPILED = [name for name in ROWS if name != "agent"]
+"""What "agent" does is a part of what "agent-everywhere" does."""
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [(name, order) for name in ROWS for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))]
+    ("name", "order"),
+    [(name, order) for name in COMPILED for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))],
 )
 def test_compiled_as_a_whole(name, fresh_dynamo, order):
-    make = SHORT if name in UNETS else ROWS[name][0]
+    make = SHORT_XL if name in UNETS else ROWS[name][0]
     pipe, method = make(), fresh_method(name, make)
     part, model = part_of(pipe), tiny.denoiser(pipe)
     eager = make()
-    plain = tiny.run(eager)
+    # In one order over a run long enough for all that a method does in turn; each is a trace of its own.
+    run = partial(tiny.run, steps=5 if order == "after" else 2)
+    plain = run(eager)
     with da.using(eager, fresh_method(name, make)):
-        expected = tiny.run(eager)
+        expected = run(eager)
     check_effect(name, expected, plain)
     if order == "before":
         setattr(pipe, part, torch.compile(model, backend="eager"))
-        tiny.run(pipe)
+        run(pipe)
     da.enable(pipe, method)
     if order == "after":
         setattr(pipe, part, torch.compile(model, backend="eager"))
     if order == "in place":
         model.compile(backend="eager")
-    latents, _ = count_compilations(lambda: tiny.run(pipe))
-    close(latents, expected)
-    again, more = count_compilations(lambda: tiny.run(pipe))
+    close(run(pipe), expected)
+    again, more = count_compilations(lambda: run(pipe))
     close(again, expected)
     assert more == 0, "a second run of the same regimes compiled again"
     da.disable(pipe)
-    close(tiny.run(pipe), plain)
+    close(run(pipe), plain)
 
 
-@every_row
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_block_by_block(name, fresh_dynamo):
-    pipe = pipeline_for(name)
+    make = SHORT if name in UNETS else ROWS[name][0]
+    pipe = make()
     model = tiny.denoiser(pipe)
     model._repeated_blocks = model._repeated_blocks or ["JointTransformerBlock"]  # SD3 names none
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
-    tiny.run(pipe)
-    da.enable(pipe, method_for(name))
-    latents, _ = count_compilations(lambda: tiny.run(pipe))
-    close(latents, reference(name))
+    tiny.run(pipe, steps=1)
+    da.enable(pipe, method_for(name, make))
+    close(tiny.run(pipe), reference(name, make))
     assert count_compilations(lambda: tiny.run(pipe))[1] == 0
 
 

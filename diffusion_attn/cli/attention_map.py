@@ -58,10 +58,7 @@ def run(args: Any) -> int:
         pipe.set_progress_bar_config(disable=args.quiet)
         settings = {
             "prompt": args.prompt,
-            "model": args.model,
-            "size": [width, height],
-            "steps": args.steps or models.default_steps(pipe, args.model),
-            "guidance": models.guidance_of(pipe, args.model, args.guidance),
+            **models.run_settings(pipe, args, (width, height)),
             "seed": args.seed,
             "finest": args.finest,
         }

@@ -100,11 +100,8 @@ def run(args: Any) -> int:
         size = size or models.native_size(stock)
         models.check_size(stock, size)
         settings = {
-            "model": args.model,
+            **models.run_settings(stock, args, size),
             "dtype": str(stock.unet.dtype).removeprefix("torch."),
-            "size": list(size),
-            "steps": args.steps or models.default_steps(stock, args.model),
-            "guidance": models.guidance_of(stock, args.model, args.guidance),
             "maps": list(models.word_maps_of(stock, args.model, size, args.maps)),
             "networks": {"clip": args.clip, "dino": args.dino, "lpips": args.lpips},
             **{name: args[name] for name in ("cross", "self", "seed", "jpeg", "ip_adapter", "ip_scale", "ip_clip")},

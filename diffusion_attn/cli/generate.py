@@ -85,10 +85,7 @@ def _prepare(request: Request, quiet: bool) -> _Job:
     below = int(len(request.pictures) > 1)  # the bar that counts pictures
     pipe.set_progress_bar_config(disable=quiet, leave=False, position=below)
     settings = {
-        "model": request.model,
-        "size": list(size),
-        "steps": request.steps or models.default_steps(pipe, request.model),
-        "guidance": models.guidance_of(pipe, request.model, request.guidance),
+        **models.run_settings(pipe, request, size),
         "dtype": str(request.dtype).removeprefix("torch."),
         "device": str(request.device),
         "versions": _versions(),

@@ -1,4 +1,4 @@
-"""Show versions, devices, attention backends, methods and models of this installation."""
+"""Show versions, devices, attention backends, methods, models and optional parts of this installation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib
 import json
 import pkgutil
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import psutil
@@ -17,10 +18,14 @@ from diffusion_attn.cli.backends import working_backends
 from diffusion_attn.cli.method_options import describe, read_docstring
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.methods import METHODS
-from diffusion_attn.shapes.models import available
+from diffusion_attn.shapes.models import FOLDER, available
 from diffusion_attn.version import __version__
 
 _REQUIRED = ("torch", "diffusers", "transformers", "accelerate")
+_AT_THE_TOP = ("version", "python", "packages")  # of the text
+_SELF = "diffusion-attn"
+_FOR_DEVELOPERS = ("test", "dev")  # extras
+# Packages that belong to no extra, and are used where they are.
 _OPTIONAL = (
     "peft",
     "xformers",
@@ -28,10 +33,6 @@ _OPTIONAL = (
     "sageattention",
     "kernels",
     "triton",
-    "torchmetrics",
-    "matplotlib",
-    "gradio",
-    "datasets",
 )
 
 
@@ -51,7 +52,8 @@ def gather() -> dict[str, Any]:
     """Everything that the command shows, ready for JSON.
 
     ``packages`` and ``optional_packages`` map names to versions, ``None`` for what is missing; ``model_families`` and
-    ``methods`` map names to a line about them.
+    ``methods`` map names to a line about them; ``optional_parts`` maps each extra to what is there of it, and how to
+    get the rest; ``embedded_weights`` go with embedded models.
     """
     with silence():
         backends = working_backends()
@@ -64,6 +66,8 @@ def gather() -> dict[str, Any]:
         "methods": {name: describe(method) for name, method in METHODS.items()},
         "model_families": _families(),
         "embedded_models": available(),
+        "embedded_weights": sorted({path.name for path in FOLDER.iterdir() if path.is_dir()} - {*available()}),
+        "optional_parts": _parts(),
         "optional_packages": {name: _version(name) for name in _OPTIONAL},
     }
 
@@ -73,6 +77,23 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _parts() -> dict[str, str]:
+    """The extras that users install, each with its packages' versions."""
+    parts: dict[str, dict[str, str | None]] = {}
+    for requirement in requires(_SELF) or ():
+        found = re.match(r"""([\w.-]+).*;.*extra == ["'](\w+)["']""", requirement)
+        if found and found[2] not in _FOR_DEVELOPERS:
+            parts.setdefault(found[2], {})[found[1]] = _version(found[1])
+    return {part: _told(part, packages) for part, packages in parts.items()}
+
+
+def _told(part: str, packages: dict[str, str | None]) -> str:
+    there = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+    missing = ", ".join(name for name, number in packages.items() if not number)
+    remedy = f"missing: {missing} (pip install {_SELF}[{part}])" if missing else ""
+    return "; ".join(filter(None, (there, remedy)))
 
 
 def _devices() -> dict[str, str]:
@@ -97,9 +118,10 @@ def _families() -> dict[str, str]:
 def _as_text(facts: dict[str, Any]) -> str:
     lines = [f"diffusion-attn {facts['version']}", f"python {facts['python']}"]
     lines += [f"{name} {number}" for name, number in facts["packages"].items()]
-    for key in ("devices", "attention_backends", "methods", "model_families", "embedded_models", "optional_packages"):
+    for key, entries in facts.items():
+        if key in _AT_THE_TOP:
+            continue
         lines += ["", f"{key.replace('_', ' ')}:"]
-        entries = facts[key]
         if isinstance(entries, dict):
             width = max(map(len, entries), default=0)
             lines += [f"  {name.ljust(width)}  {text or 'missing'}" for name, text in entries.items()]

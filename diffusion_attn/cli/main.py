@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from diffusion_attn.cli import (
     attention_map,
+    bench,
     cache,
     distill,
     edit,
@@ -35,6 +36,7 @@ COMMANDS = {
     "distill-cache": cache,
     "evaluate": evaluate,
     "evaluate-pie-bench": evaluate_pie_bench,
+    "bench": bench,
     "plan": plan,
     "info": info,
 }

@@ -55,18 +55,18 @@ def add_method_options(parser: Any) -> None:
             group.add_argument(f"--{name}.{option.name}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
-def check_names(names: list[str]) -> None:
-    """Make sure that ``names`` are methods, each once.
+def check_names(names: list[str], option: str = "--method") -> None:
+    """Make sure that ``names``, given as ``option``, are methods, each once.
 
     Raises:
         CommandError: they are not.
     """
     for name in names:
         if name not in METHODS:
-            hint = "; prompts come before --method" if " " in name else ""
-            raise CommandError(f"--method {name!r} is not a method; there are: {', '.join(METHODS)}{hint}.")
+            hint = f"; prompts come before {option}" if " " in name else ""
+            raise CommandError(f"{option} {name!r} is not a method; there are: {', '.join(METHODS)}{hint}.")
         if names.count(name) > 1:
-            raise CommandError(f"--method {name!r} is given {names.count(name)} times; give it once.")
+            raise CommandError(f"{option} {name!r} is given {names.count(name)} times; give it once.")
 
 
 def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], Method]]:

@@ -135,8 +135,8 @@ def native_size(pipe: Any) -> Size:
     return size[1], size[0]
 
 
-def check_size(pipe: Any, size: Size) -> None:
-    """Refuse sizes that the model cannot draw.
+def check_size(pipe: Any, size: Size, option: str = "--size") -> None:
+    """Refuse sizes, given as ``option``, that the model cannot draw.
 
     Raises:
         CommandError: names the nearest size that it can.
@@ -145,7 +145,7 @@ def check_size(pipe: Any, size: Size) -> None:
     if any(side % step for side in size):
         width, height = (max(step, round(side / step) * step) for side in size)
         raise CommandError(
-            f"--size {size[0]}x{size[1]}: sides have to be multiples of {step} pixels with this model; the nearest "
+            f"{option} {size[0]}x{size[1]}: sides have to be multiples of {step} pixels with this model; the nearest "
             f"such size is {width}x{height}."
         )
 
@@ -153,6 +153,25 @@ def check_size(pipe: Any, size: Size) -> None:
 def default_steps(pipe: Any, model: str) -> int:
     """Steps of a run unless ``--steps`` says otherwise: the pipeline's own default, fewer for embedded models."""
     return _EMBEDDED_STEPS if _is_embedded(model) else _parameters(pipe)["num_inference_steps"].default
+
+
+def run_settings(pipe: Any, args: Any, size: Size) -> dict[str, Any]:
+    """What is written beside the pictures of a run: ``model``, ``size``, ``steps`` and ``guidance``.
+
+    Args:
+        pipe: the model.
+        args: have ``model``, ``steps`` and ``guidance``, the latter two ``None`` for the model's defaults.
+        size: width and height in pixels.
+
+    Raises:
+        CommandError: guidance is asked of a pipeline that has none.
+    """
+    return {
+        "model": args.model,
+        "size": list(size),
+        "steps": args.steps or default_steps(pipe, args.model),
+        "guidance": guidance_of(pipe, args.model, args.guidance),
+    }
 
 
 def word_maps_of(pipe: Any, model: str, size: Size, factor: int | None) -> Size:

@@ -162,8 +162,8 @@ def check_shares(args: Any, *names: str) -> None:
             raise CommandError(f"--{name} {args[name]}: expected a share of the steps, 0 to 1.")
 
 
-def parse_size(text: str) -> Size:
-    """``"128"`` or ``"192x128"`` as ``(width, height)`` in pixels.
+def parse_size(text: str, option: str = "--size") -> Size:
+    """``"128"`` or ``"192x128"``, given as ``option``, as ``(width, height)`` in pixels.
 
     Raises:
         CommandError: it is neither.
@@ -171,7 +171,7 @@ def parse_size(text: str) -> Size:
     match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text.strip().lower(), re.ASCII)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not all(size):
-        raise CommandError(f"--size {text!r}: expected pixels as N or WIDTHxHEIGHT, for example 128 or 192x128.")
+        raise CommandError(f"{option} {text!r}: expected pixels as N or WIDTHxHEIGHT, for example 128 or 192x128.")
     return size
 
 

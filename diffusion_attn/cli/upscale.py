@@ -66,10 +66,7 @@ def run(args: Any) -> int:
             settings = {
                 "image": path,
                 "prompt": args.prompt,
-                "model": args.model,
-                "size": [width, height],
-                "steps": args.steps or models.default_steps(pipe, args.model),
-                "guidance": models.guidance_of(pipe, args.model, args.guidance),
+                **models.run_settings(pipe, args, (width, height)),
                 "seed": args.seed,
                 "ladder": args.ladder,
                 "strength": args.strength,

@@ -22,7 +22,12 @@ from diffusion_attn.editing.processors import Fused, controlled
 
 @contextmanager
 def record(
-    pipe: Any, words: Sequence[str] | None = None, *, prompt: str | Sequence[str] | None = None, finest: int = 1
+    pipe: Any,
+    words: Sequence[str] | None = None,
+    *,
+    prompt: str | Sequence[str] | None = None,
+    finest: int = 1,
+    levels: bool = False,
 ) -> Iterator[AttentionMaps]:
     """Record what each word attends to while ``pipe`` draws inside the block; the picture does not change.
 
@@ -35,6 +40,7 @@ def record(
         words: of which every step is kept too, and that have to be in the prompt; ``None``: any word can be asked for.
         prompt: only needed when the pipeline is called with embeddings.
         finest: leave out levels whose sides are less than ``finest`` times smaller than the latent's.
+        levels: keep the maps of each level by itself too, in `AttentionMaps.levels`.
 
     Raises:
         UnsupportedModelError: the pipeline has no attention that can be read.
@@ -51,7 +57,7 @@ def record(
             "record() reads UNets with cross-attention, FLUX and SD3."
         )
     texts = _texts(pipeline)
-    maps = AttentionMaps(texts, words)
+    maps = AttentionMaps(texts, words, [layer.factor for layer in layers] if levels else ())
     reader = _Reader(pipeline, maps, [prompt] if isinstance(prompt, str) else list(prompt or ()))
     with ExitStack() as stack:
         stack.enter_context(controlled(pipe.unet if hasattr(pipe, "unet") else pipe.transformer, layers, reader))
@@ -91,6 +97,7 @@ class _Reader:
         self.timesteps: Any = None  # of the run
         self.reading = False
         self.recorder = MapRecorder("cross")
+        self.of_levels = {factor: MapRecorder("cross") for factor in maps.levels}
 
     def read_prompt(self, encoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """The first text that is encoded for a run is the prompt; negative ones come after it."""
@@ -110,12 +117,12 @@ class _Reader:
         self.reading = fresh or step > self.step
         if not self.reading:
             return
-        self.recorder.begin()
+        for recorder in (self.recorder, *self.of_levels.values()):
+            recorder.begin()
         self.step = step
         prompts, self.prompts = self.prompts, []
         if fresh:
-            self.maps.begin()
-            self.maps.prompts = self.given or prompts
+            self.maps.begin(self.given or prompts)
             self.maps.check_words()
         self.text = call["encoder_hidden_states"].shape[1]
         if flux:
@@ -144,10 +151,15 @@ class _Reader:
             if mask is not None:
                 mask = mask[first:].expand(-1, -1, query.shape[1], -1)[:, :, -picture.shape[1] :]
             mean = mean_map(picture, key[first:], mask, keys=self.text)
-            self.recorder.add(mean, grid_of(picture.shape[1], self.size))
+            grid = grid_of(picture.shape[1], self.size)
+            self.recorder.add(mean, grid)
+            if layer.factor in self.of_levels:
+                self.of_levels[layer.factor].add(mean, grid)
         return out
 
     def leave(self, denoiser: Any, args: tuple, output: Any) -> None:
         """After a forward pass: one map of all its layers."""
         if self.reading:
             self.maps.add(self.recorder.take())
+            for factor, recorder in self.of_levels.items():
+                self.maps.levels[factor].add(recorder.take())

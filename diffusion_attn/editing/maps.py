@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,15 +30,20 @@ class AttentionMaps:
         texts: whose tokens the maps have.
         prompts: of the pictures.
         steps: how many were recorded.
+        levels: the maps of single levels, where `record` was asked for them, by how many times smaller than the
+            latent's their sides are; of one size each, and not brought to that of the finest.
     """
 
-    def __init__(self, texts: Sequence[Text], words: Sequence[str] | None = None) -> None:
+    def __init__(self, texts: Sequence[Text], words: Sequence[str] | None = None, levels: Iterable[int] = ()) -> None:
         self.texts, self._words = texts, words
+        self.levels = {factor: AttentionMaps(texts, words) for factor in sorted(set(levels))}
         self.begin()
 
-    def begin(self) -> None:
-        """Forget everything: a new run begins."""
-        self.prompts: list[str] = []
+    def begin(self, prompts: Sequence[str] = ()) -> None:
+        """Forget everything: a new run begins, of ``prompts``."""
+        for level in self.levels.values():
+            level.begin(prompts)
+        self.prompts: list[str] = list(prompts)
         self.steps = 0
         self._total: torch.Tensor | None = None
         self._by_step: list[torch.Tensor] = []

@@ -7,7 +7,7 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ _INTERVAL = 0.005  # seconds between looks at the process's memory
 
 @dataclass
 class Cost:
-    """Wall time in seconds, and the most memory that was in use above what was in use before, in bytes.
+    """Time in seconds, and the most memory that was in use above what was in use before, in bytes.
 
     On a CUDA device memory is what the allocator handed out there; elsewhere it is the resident memory of the process.
     """
@@ -29,16 +29,16 @@ class Cost:
 
 
 @contextmanager
-def measure(device: torch.device | str = "cpu") -> Iterator[Cost]:
-    """Measure what runs inside the ``with`` block; read the `Cost` after it."""
+def measure(device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter) -> Iterator[Cost]:
+    """Measure what runs inside the ``with`` block, on the wall clock or another; read the `Cost` after it."""
     cost = Cost()
     cuda = torch.device(device).type == "cuda"
     with _watch_cuda(cost, device) if cuda else _watch_process(cost):
-        began = time.perf_counter()
+        began = clock()
         yield cost
         if cuda:
             torch.cuda.synchronize(device)
-        cost.seconds = time.perf_counter() - began
+        cost.seconds = clock() - began
 
 
 @contextmanager

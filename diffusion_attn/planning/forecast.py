@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def forecast(
         height, width: in latent cells.
         text_tokens: of each prompt: 77, 512 for FLUX, 333 for SD3.
         batch: pictures times guidance branches in one call.
-        methods: what to enable, as for `diffusion_attn.enable`.
+        methods: what to enable, as for `diffusion_attn.enable`; of weights they bring only the shapes are read.
         steps: of the run: methods that read the step work differently as it goes on.
         cpu: with what convolutions need there beside their results, see `Tracker`.
 
@@ -76,6 +77,7 @@ def forecast(
         denoiser = on_meta(type(denoiser), denoiser.config, denoiser.dtype)
     # From the noisiest on; 1000 / steps apart, so that each is told from the next.
     timesteps = torch.arange(steps, 0, -1) * (1000 / steps)
+    methods = tuple(map(_without_weights, methods))
 
     tracker = Tracker(cpu)
 
@@ -159,6 +161,15 @@ def _blocks(denoiser: nn.Module) -> list[nn.Module]:
 def _without_data(module: nn.Module, args: tuple) -> tuple:
     """Positions are real, so that methods can read them; what is computed from them need not be."""
     return tuple(x.to("meta") for x in args)
+
+
+def _without_weights(method: Any) -> Method:
+    """A method whose weights, if it has any, are on the meta device: enabling moves them to where the model is."""
+    weights = getattr(method, "weights", None)
+    if weights is None:
+        return method
+    empty = {id(x): nn.Parameter(x.detach().to("meta"), x.requires_grad) for x in weights.parameters()}
+    return replace(method, weights=copy.deepcopy(weights, empty).to("meta"))
 
 
 def weight_bytes(module: nn.Module) -> int:

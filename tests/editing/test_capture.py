@@ -286,3 +286,18 @@ def test_true_guidance_of_flux_counts_the_prompts_branch_alone():
         tiny.run(pipe, steps=1, negative_prompt="a green cross on a black background", true_cfg_scale=3.0)
     assert maps.prompts == [PROMPT] and maps.steps == 1
     torch.testing.assert_close(maps.word(WORDS[0]), plain.word(WORDS[0], step=0))
+
+
+def test_levels_are_kept_apart():
+    """The coarsest level by itself is what `finest` leaves; every level has a grid of its own, and every step."""
+    pipe = tiny.sd()
+    with record(pipe, WORDS, levels=True) as maps:
+        tiny.run(pipe)
+    coarsest = max(maps.levels)
+    with record(pipe, WORDS, finest=coarsest) as alone:
+        tiny.run(pipe)
+    assert torch.equal(maps.levels[coarsest].maps, alone.maps)
+    assert torch.equal(maps.levels[coarsest].word(WORDS[0], step=2), alone.word(WORDS[0], step=2))
+    grids = [level.maps.shape[1] for level in maps.levels.values()]
+    assert grids == sorted(set(grids), reverse=True)
+    assert maps.maps.shape == maps.levels[min(maps.levels)].maps.shape
