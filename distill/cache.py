@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from itertools import chain, groupby, islice
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion_attn.core.errors import CheckpointFormatError
+from diffusion_attn.core.files import save_json, written
 from diffusion_attn.core.tensors import open_tensors, read_tensors
 from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.data import Order, PictureData, Sample, ShapesData
@@ -58,9 +58,7 @@ class Index:
 
     def write(self, folder: Path) -> None:
         """Put it into ``folder`` as a whole."""
-        part = folder / f".{INDEX}.part"
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, folder / INDEX)
+        save_json(folder / INDEX, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -223,12 +221,10 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
         name: x.to("cpu", torch.float32 if name.endswith("time_ids") else dtype).contiguous().clone()
         for name, x in tensors.items()
     }
-    part = path.with_name(f".{path.name}.part")
     try:
-        save_file(kept, part)
-        os.replace(part, path)
+        with written(path) as part:
+            save_file(kept, part)
     except Exception as error:  # safetensors tells a full disk by an error of its own
-        part.unlink(missing_ok=True)
         raise DataError(
             f"{str(path)!r} cannot be written ({error}); make room, and run the same command again to go on."
         ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.files import save_text
 from diffusion_attn.core.reading import read_yaml
 from diffusion_attn.methods import METHODS
 
@@ -296,7 +297,7 @@ class DistillConfig:
 
         plain = asdict(self)
         plain["optim"]["betas"] = list(self.optim.betas)
-        path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        save_text(path, yaml.safe_dump(plain, sort_keys=False))
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on: everything but how long, where, and what is kept.

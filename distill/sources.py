@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from diffusion_attn.core.errors import DiffusionAttnError
-from diffusion_attn.core.reading import parse_json
+from diffusion_attn.core.reading import LARGEST_CAPTION, parse_json, read_lines, read_text
 from diffusion_attn.distill.config import DataConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -20,9 +20,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 CAPTION_FILES = ("metadata.jsonl", "captions.csv", "metadata.csv")
 """Where a folder's captions are looked for, in this order; without any of them in a text file beside each picture."""
-
-_LARGEST_CAPTION = 2**20
-"""Bytes of a ``.txt`` or ``.json`` in a tar file."""
 
 
 class DataError(DiffusionAttnError):
@@ -122,14 +119,15 @@ def _beside(root: Path) -> Iterator[tuple[Path, str]]:
         text = path.with_suffix(".txt")
         if path.suffix.lower() in SUFFIXES and text.is_file():
             try:
-                yield path, text.read_text(encoding="utf-8").strip()
+                yield path, read_text(text, LARGEST_CAPTION).strip()
             except ValueError as error:
-                raise DataError(f"{str(text)!r} is not UTF-8 text; save it as such, or remove it.") from error
+                raise DataError(f"{str(text)!r} cannot be read ({error}); save it as UTF-8, or remove it.") from error
 
 
 def _rows(file: Path, column: str) -> Iterator[tuple[str, str]]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            lines = read_lines(opened)
             rows: Any = csv.DictReader(lines) if file.suffix == ".csv" else map(parse_json, filter(str.strip, lines))
             for row in rows:
                 if row[column] is not None:
@@ -192,6 +190,8 @@ def _members(file: Path, column: str) -> Iterator[tuple[Path, str, int, int, str
     try:
         with tarfile.open(file, "r:") as archive:  # compressed ones cannot be read from the middle
             for member in archive:
+                if member.size < 0:  # the next one would be this again
+                    raise ValueError(f"{member.name} has {member.size} bytes")
                 place = PurePosixPath(member.name)
                 if not member.isfile() or place.name.startswith("."):  # what macOS keeps beside a file
                     continue
@@ -200,12 +200,12 @@ def _members(file: Path, column: str) -> Iterator[tuple[Path, str, int, int, str
                 if suffix in SUFFIXES:
                     pictures[key] = (member.name, member.offset_data, member.size)
                 elif suffix in (".txt", ".json") and (content := archive.extractfile(member)):
-                    if member.size > _LARGEST_CAPTION:
+                    if member.size > LARGEST_CAPTION:
                         raise ValueError(f"{member.name} has {member.size} bytes, more than a caption")
                     text = content.read().decode("utf-8")
                     found = text.strip() if suffix == ".txt" else parse_json(text)[column]
                     captions |= {} if found is None else {key: str(found)}
-    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of damage tarfile tells by whatever goes wrong, of memory and recursion too
         raise DataError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); expected an uncompressed tar file with a "
             f".txt, or a .json with {column!r}, for each picture."

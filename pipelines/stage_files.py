@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
-from diffusion_attn.core.files import save_json, save_png
+from diffusion_attn.core.files import save_json, save_png, written
 from diffusion_attn.core.reading import read_json
 from diffusion_attn.core.tensors import read_tensors
 from diffusion_attn.pipelines.ladder import Stage
@@ -101,12 +101,8 @@ class StageFiles:
         return latents if latents is not None and latents.ndim == 4 else None
 
     def _save_latents(self, latents: torch.Tensor) -> None:
-        temporary = self.folder / f".{_LATENTS}.part"
-        try:
-            save_file({"latents": latents.cpu().contiguous()}, temporary)
-            temporary.replace(self.folder / _LATENTS)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written(self.folder / _LATENTS) as part:
+            save_file({"latents": latents.cpu().contiguous()}, part)
 
     def path(self, number: int, stage: Stage, index: int) -> Path:
         """Where picture ``index`` of a stage is."""

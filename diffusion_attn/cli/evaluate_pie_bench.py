@@ -278,9 +278,11 @@ def _known(path: Path) -> dict[str, Any]:
     """
     try:
         known = read_json(path)
-        if missing := {"method", "item", "type", "note", *COLUMNS} - known["row"].keys():
-            raise ValueError(f"there is no {min(missing)}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        row = known["row"]
+        if row.keys() != {"method", "item", "type", "note", *COLUMNS, *_OWN}:
+            raise ValueError("its row has other columns")
+        summarise([row], [row["method"]])  # which fails at anything but numbers
+    except Exception as error:
         raise CommandError(f"{str(path)!r} is damaged ({error}); remove it to edit that picture again.") from error
     return known
 

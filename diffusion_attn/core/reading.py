@@ -1,11 +1,12 @@
-"""Files that somebody else may have written, read within bounds: JSON and YAML of limited size and depth."""
+"""Files that somebody else may have written, read within bounds: text, JSON and YAML of limited size and depth."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 LARGEST_JSON = 2**26
 """Bytes of a JSON file unless a caller allows more."""
@@ -13,11 +14,40 @@ LARGEST_JSON = 2**26
 LARGEST_YAML = 2**18
 """Bytes of a YAML file, whose reader is slow."""
 
+LARGEST_CAPTION = 2**20
+"""Bytes of a caption, or of a line of captions."""
+
 _LONGEST = 1000
 """Letters of what YAML may take for a number: of longer ones Python makes no text again."""
 
 DEEPEST = 64
 """Levels of lists and objects within each other."""
+
+
+def read_text(path: str | os.PathLike[str], largest: int) -> str:
+    """The content of a UTF-8 file of ``largest`` bytes at most.
+
+    Raises:
+        ValueError: it is no UTF-8, or too large.
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it has more than {largest} bytes, which is the most that is read")
+    return content.decode("utf-8")
+
+
+def read_lines(file: TextIO) -> Iterator[str]:
+    """The lines of an open file, of `LARGEST_CAPTION` letters at most each.
+
+    Raises:
+        ValueError: one is longer, or no text.
+    """
+    for line in iter(lambda: file.readline(LARGEST_CAPTION), ""):
+        if len(line) == LARGEST_CAPTION:
+            raise ValueError(f"a line has {LARGEST_CAPTION} letters or more, too many for a caption")
+        yield line
 
 
 def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON) -> Any:
@@ -27,7 +57,7 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON) -> Any:
         ValueError: it is no JSON, too large, or nested too deeply.
         OSError: it cannot be read.
     """
-    return parse_json(_read_text(path, largest))
+    return parse_json(read_text(path, largest))
 
 
 def parse_json(text: str, unique: bool = False) -> Any:
@@ -38,7 +68,7 @@ def parse_json(text: str, unique: bool = False) -> Any:
         unique: refuse objects that have a name twice, which readers may understand differently.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: it is no JSON, nested too deeply, or has halves of characters, which no file can be written with.
     """
     try:
         content = json.loads(text, object_pairs_hook=_without_doubles if unique else None)
@@ -48,6 +78,8 @@ def parse_json(text: str, unique: bool = False) -> Any:
     for _ in range(DEEPEST):
         level = [x for each in level if isinstance(each, (dict, list)) for x in _inside(each)]
         if not level:
+            if "\\ud" in text.lower():
+                json.dumps(content, ensure_ascii=False).encode()
             return content
     raise _too_deep()
 
@@ -62,14 +94,17 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     """
     import yaml
 
-    text, depth = _read_text(path, LARGEST_YAML), 0
+    text, depth = read_text(path, LARGEST_YAML), 0
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise _too_deep()
-            if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and len(event.value) > _LONGEST:
-                raise ValueError(f"line {event.start_mark.line + 1} has a word of {len(event.value)} letters; quote it")
+            if isinstance(event, yaml.ScalarEvent):
+                event.value.encode()  # halves of characters are no text
+                if event.implicit[0] and len(event.value) > _LONGEST:
+                    line = event.start_mark.line + 1
+                    raise ValueError(f"line {line} has a word of {len(event.value)} letters; quote it")
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"line {event.start_mark.line + 1} has an alias, *{event.anchor}; write it out")
         return yaml.safe_load(text)
@@ -77,14 +112,6 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except (AttributeError, TypeError, OverflowError) as error:  # made of dates, of keys and of numbers that are none
         raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def _read_text(path: str | os.PathLike[str], largest: int) -> str:
-    with Path(path).open("rb") as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
-        raise ValueError(f"it has more than {largest} bytes, which is the most that is read")
-    return content.decode("utf-8")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from diffusion_attn.core import reading
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
+from diffusion_attn.core.files import written
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """The usual name of the weights in a published folder."""
@@ -126,16 +128,11 @@ def write_folder(
 
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.tmp" for name in (weights, *files)}
-    try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary[weights], {"format": "pt"})
+    with ExitStack() as stack:
+        part = {name: stack.enter_context(written(folder / name)) for name in (weights, *files)}
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part[weights], {"format": "pt"})
         for name, text in files.items():
-            temporary[name].write_text(text, encoding="utf-8")
-        for name, path in temporary.items():
-            path.replace(folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+            part[name].write_text(text, encoding="utf-8")
 
 
 def _some(names: list[str], count: int = 4) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffusion_attn.core.errors import DiffusionAttnError
-from diffusion_attn.core.loading import NO_CODE, WEIGHTS_ONLY
+from diffusion_attn.core.loading import NO_CODE, WEIGHTS_ONLY, find_model
 from diffusion_attn.metrics.images import Pictures, as_tensor
 
 _BATCH = 32
@@ -131,9 +130,8 @@ def load(kind: Any, name: str, what: str, **options: Any) -> Any:
     Raises:
         DiffusionAttnError: it cannot be loaded.
     """
-    path = Path(name).expanduser()
     try:
-        return kind.from_pretrained(path if path.is_dir() else name, **{**NO_CODE, **options})
+        return kind.from_pretrained(find_model(name), **{**NO_CODE, **options})
     except Exception as error:  # loaders raise whatever the broken file or the connection made them raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise DiffusionAttnError(

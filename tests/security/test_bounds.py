@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tarfile
 import tracemalloc
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 import diffusion_attn as da
+from diffusion_attn.cli.errors import CommandError
+from diffusion_attn.cli.request import read_prompts
 from diffusion_attn.core.reading import DEEPEST, LARGEST_JSON, LARGEST_YAML, parse_json, read_json, read_yaml
 from diffusion_attn.core.tensors import LARGEST_HEADER, MOST_TENSORS, read_tensors
+from diffusion_attn.distill.config import DataConfig
+from diffusion_attn.distill.sources import DataError, find_in_folder, find_in_tars
 
 
 def tensors(header, data=b"", length=None):
@@ -83,6 +88,13 @@ def test_json_is_bounded_in_depth_and_size(tmp_path):
         read_json(path)
 
 
+@pytest.mark.parametrize("text", [r'"\ud800"', r'{"a": ["\uDFFF x"]}', r'{"\ud800": 1}'])
+def test_json_of_half_characters_is_refused(text):
+    assert parse_json(r'["\ud83d\ude00", "\ud55c"]') == ["😀", "한"]
+    with pytest.raises(ValueError, match="surrogates"):
+        parse_json(text)
+
+
 LINES = [f"{'bcdefghi'[i]}: &{'bcdefghi'[i]} [{', '.join([f'*{name}'] * 9)}]" for i, name in enumerate("abcdefgh")]
 
 
@@ -98,6 +110,7 @@ LINES = [f"{'bcdefghi'[i]}: &{'bcdefghi'[i]} [{', '.join([f'*{name}'] * 9)}]" fo
         ("a: !!python/object:os.system {}", "constructor"),
         ("? [a, b]\n: 1\n? {a: 1}\n: 2", "unhashable|constructing"),
         ("2001-99-99", "month"),
+        (r'a: "\ud800"', "surrogates"),
         ("a: \x00", "special characters"),
     ],
 )
@@ -110,3 +123,47 @@ def test_yaml_is_bounded_in_depth_size_and_aliases(tmp_path, text, says):
 @pytest.mark.timeout(60)
 def test_masks_are_decoded_in_the_time_of_their_picture():
     assert da.metrics.pie_bench.decode_mask([0, 2**62] * 100_000).all()  # painted one by one they take minutes
+
+
+def member(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+END = b"\0" * 1024
+TARS = {
+    "a long name of 4 EiB": member("@LongLink", 2**62, tarfile.GNUTYPE_LONGNAME) + END,
+    "a long name of more": member("@LongLink", 2**80, tarfile.GNUTYPE_LONGNAME) + END,
+    "attributes of 4 EiB": member("x", 2**62, tarfile.XHDTYPE) + END,
+    "names of names": (member("@LongLink", 4, tarfile.GNUTYPE_LONGNAME) + b"abc".ljust(512, b"\0")) * 3000 + END,
+    "a member that ends where it begins": member("a.txt", 0) + member("b.png", -512) + END,
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", TARS)
+def test_tars_are_bounded(tmp_path, case):
+    (tmp_path / "x.tar").write_bytes(TARS[case])
+    with pytest.raises(DataError, match="cannot be read"):
+        find_in_tars(str(tmp_path), DataConfig())
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "captions.csv", "a.txt"])
+def test_captions_are_bounded(tmp_path, name):
+    (tmp_path / "a.png").touch()
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**32)  # a hole: nothing is on the disk
+    tracemalloc.start()
+    with pytest.raises(DataError, match="cannot be read"):
+        find_in_folder(str(tmp_path), DataConfig())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
+def test_prompts_are_bounded(tmp_path):
+    with (tmp_path / "prompts.txt").open("wb") as file:
+        file.truncate(2**32)
+    with pytest.raises(CommandError, match=r"--prompts .* more than"):
+        read_prompts(str(tmp_path / "prompts.txt"))

@@ -16,8 +16,12 @@ from PIL import Image
 from safetensors.torch import save
 
 import diffusion_attn as da
+from benchmarks.report import write_page
+from diffusion_attn.bench.plot import plot
+from diffusion_attn.bench.table import bench_table, notes
+from diffusion_attn.cli.bench import _earlier
 from diffusion_attn.cli.errors import CommandError
-from diffusion_attn.cli.evaluate_pie_bench import _known
+from diffusion_attn.cli.evaluate_pie_bench import _known, as_table, by_kind, summarise
 from diffusion_attn.cli.request import parse_size, read_prompts
 from diffusion_attn.core.errors import DiffusionAttnError
 from diffusion_attn.core.reading import parse_json
@@ -28,6 +32,7 @@ from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.sources import find_in_folder, find_in_tars
 from diffusion_attn.editing.inversion import Inversion
 from diffusion_attn.metrics import pie_bench
+from diffusion_attn.metrics.machine import changed as changed_settings
 from diffusion_attn.pipelines.ladder import Stage
 from diffusion_attn.pipelines.stage_files import StageFiles
 from tests import tiny
@@ -248,7 +253,8 @@ def test_inversions(tmp_path, data):
         assert inversion.size == (1, 1) or inversion.latents.ndim == 5
 
 
-KNOWN = {"settings": {}, "row": dict.fromkeys(("method", "item", "type", "note", *pie_bench.COLUMNS), 1.0)}
+ROW = {"method": "p2p", "item": "a", "type": 1, "note": None, **dict.fromkeys(pie_bench.COLUMNS, 1.0), "mse": "nan"}
+KNOWN = {"settings": {}, "row": ROW | {"exact": True, "iou": None, "seconds": 1.0, "peak_mb": 1.0}}
 
 
 @often
@@ -256,7 +262,51 @@ KNOWN = {"settings": {}, "row": dict.fromkeys(("method", "item", "type", "note",
 def test_results_of_an_earlier_run(tmp_path, content):
     (tmp_path / "x.json").write_text(json.dumps(content))
     with suppress(CommandError):
-        assert "method" in _known(tmp_path / "x.json")["row"]
+        row = _known(tmp_path / "x.json")["row"]
+        as_table(table := summarise([row], [row["method"]]))
+        by_kind(table)
+
+
+BENCH_ROW = {
+    "method": "plain",
+    "size": [64, 64],
+    "seconds_per_step": 0.1,
+    "relative_time": 1.0,
+    "rounds": [0.1],
+    "peak_bytes": 1,
+    "relative_peak": None,
+    "flops_per_step": 1e9,
+    "pictures": 1,
+    "exact": 1.0,
+    "psnr": None,
+}
+BENCH = {
+    "settings": {"model": "shapes-sd", "quality": 1, "clock": "wall"},
+    "machine": {"torch": "2"},
+    "rows": [BENCH_ROW],
+    "skipped": {"clear at 64x64": "too small"},
+    "commands": ["diffusion-attn bench"],
+}
+
+
+@often
+@given(changed(BENCH) | values)
+@example({**BENCH, "rows": [{"method": "plain", "size": [64, 64]}]})
+def test_results_of_an_earlier_bench(tmp_path, content):
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with suppress(CommandError):
+        found = _earlier(tmp_path / "x.json", "shapes-sd")
+        changed_settings(BENCH, found)
+        assert "\n".join([bench_table(found), *notes(found), *found["commands"]])
+        plot(found)
+
+
+@often
+@given(changed(BENCH) | values)
+def test_results_that_a_page_is_written_from(tmp_path, content):
+    (tmp_path / "bench-x.json").write_text(json.dumps(content))
+    with suppress(SystemExit):
+        write_page("bench", tmp_path)
 
 
 # ---- data

@@ -9,11 +9,13 @@ from transformers import AutoModel, AutoTokenizer
 
 from diffusion_attn.cli import models
 from diffusion_attn.cli.errors import CommandError
-from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
 from diffusion_attn.core.loading import WEIGHTS_ONLY
 from diffusion_attn.distill import ConfigError, DistillConfig
 from diffusion_attn.distill.teacher import load_teacher
 from diffusion_attn.metrics.networks import load
+from diffusion_attn.pipelines import ViMAEditPipeline
+from diffusion_attn.planning.layouts import load_layout
 from tests import tiny
 
 
@@ -75,6 +77,45 @@ def test_code_that_lies_beside_a_good_model_lies_there_still(model, code):
     for name in ("pipeline.py", "unet/unet.py", "__init__.py", "diffusers.py"):
         (folder / name).write_text(code)
     assert models.load_model(str(folder), torch.float32, "cpu").unet is not None
+
+
+def test_adapters_that_lie_beside_a_model_are_refused(model, tmp_path):
+    """Where peft is installed transformers loads them unasked, with the modules that their configuration names."""
+    folder, _ = model
+    tiny.clip(tmp_path / "clip")
+    adapter = {"peft_type": "LORA", "target_modules": ["q_proj"], "megatron_config": {}, "megatron_core": "elsewhere"}
+    for place in (folder / "text_encoder", tmp_path / "clip"):
+        (place / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(CommandError, match=r"text_encoder/adapter_config\.json"):
+        models.load_model(str(folder), torch.float32, "cpu")
+    with pytest.raises(DiffusionAttnError, match=r"text_encoder/adapter_config\.json"):
+        load_teacher(str(folder))
+    with pytest.raises(DiffusionAttnError, match=r"adapter_config\.json"):
+        load(AutoModel, str(tmp_path / "clip"), "network", **WEIGHTS_ONLY)
+    with pytest.raises(DiffusionAttnError, match=r"adapter_config\.json"):
+        ViMAEditPipeline.from_pipe(tiny.sd()).load_clip(str(tmp_path / "clip"))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("model_index.json", {"unet": 5}),
+        ("model_index.json", {"unet": ["diffusers", ["UNet2DConditionModel"]]}),
+        ("unet/config.json", {"_class_name": "utils"}),
+        ("unet/config.json", {"_class_name": "StableDiffusionPipeline"}),
+        ("unet/config.json", {"_class_name": ["UNet2DConditionModel"]}),
+        ("unet/config.json", {"layers_per_block": "a"}),
+        ("unet/config.json", {"cross_attention_dim": "a"}),
+        ("vae/config.json", {"_class_name": "utils"}),
+        ("vae/config.json", {"block_out_channels": None}),
+    ],
+)
+def test_plans_are_made_of_known_classes_only(model, file, changes):
+    folder, _ = model
+    good = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(good | changes))
+    with pytest.raises(UnsupportedModelError):
+        load_layout(str(folder)).denoiser(torch.float32)
 
 
 @pytest.mark.parametrize("kind", [AutoModel, AutoTokenizer])

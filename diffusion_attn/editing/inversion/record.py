@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
+from diffusion_attn.core.files import written
 from diffusion_attn.core.reading import parse_json
 from diffusion_attn.core.tensors import open_tensors, read_tensors
 from diffusion_attn.editing.attention import AttentionControl, MapRecorder
@@ -150,13 +151,9 @@ class Inversion:
                 rest[each.name] = value
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
         metadata = {"format": _FORMAT, "version": __version__, "inversion": json.dumps(rest)}
-        try:
+        with written(path) as part:
             save_file(tensors, part, metadata)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Inversion:

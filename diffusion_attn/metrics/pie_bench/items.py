@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.pictures import open_picture
 from diffusion_attn.core.reading import read_json
 
 MAPPING = "mapping_file.json"
@@ -34,7 +35,8 @@ KINDS = (
 _TEXTS = ("image_path", "original_prompt", "editing_prompt")
 _FIELDS = (*_TEXTS, "editing_type_id", "mask")
 _OPTIONAL = ("editing_instruction", "blended_word")
-_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+_NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))\w(?:[\w.-]{0,98}[\w-])?", re.ASCII | re.IGNORECASE)
+"""None that Windows keeps for devices, or writes without its last dot."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,17 @@ class Item:
     code: tuple[int, ...]
 
     def image(self) -> Image.Image:
-        """The picture, RGB."""
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        """The picture, RGB.
+
+        Raises:
+            DiffusionAttnError: it cannot be read.
+        """
+        try:
+            return open_picture(self.path, turn=False)  # masks are of the picture as it is stored
+        except (OSError, ValueError) as error:
+            raise DiffusionAttnError(
+                f"item {self.name!r}: {str(self.path)!r} cannot be read as a picture ({error}); get it again."
+            ) from error
 
     def mask(self, size: tuple[int, int], border: bool = True) -> torch.Tensor:
         """Where it is edited, as in `decode_mask`; ``size`` is ``(height, width)``."""
