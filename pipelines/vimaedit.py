@@ -20,7 +20,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from diffusion_attn.core.loading import NO_CODE, WEIGHTS_ONLY, find_model
+from diffusion_attn.core.loading import MODEL_ONLY, NO_CODE, find_model
 from diffusion_attn.core.unet_layout import Size
 from diffusion_attn.editing.attention import AttentionControl
 from diffusion_attn.editing.controls import PromptEdit
@@ -106,7 +106,7 @@ class ViMAEditPipeline(EditingPipeline):
             options: of ``from_pretrained``.
         """
         where = find_model(os.fspath(name))
-        weights, options = {**WEIGHTS_ONLY, **options}, {**NO_CODE, **options}
+        weights, options = {**MODEL_ONLY, **options}, {**NO_CODE, **options}
         whole = AutoConfig.from_pretrained(where, **options)
         # Its halves do not always know how wide their common space is.
         text, vision = whole.text_config, whole.vision_config

@@ -12,6 +12,9 @@ NO_CODE = {"trust_remote_code": False}
 WEIGHTS_ONLY = {**NO_CODE, "use_safetensors": True}
 """For models and pipelines: the same, and weights that are pickles are refused."""
 
+MODEL_ONLY = {**WEIGHTS_ONLY, "adapter_kwargs": {"subfolder": "-"}}
+"""For models of transformers: and no adapter is looked for beside them, whose weights may be a pickle all the same."""
+
 _ADAPTER = "adapter_config.json"
 
 

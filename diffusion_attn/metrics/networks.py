@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusion_attn.core.errors import DiffusionAttnError
-from diffusion_attn.core.loading import NO_CODE, WEIGHTS_ONLY, find_model
+from diffusion_attn.core.loading import MODEL_ONLY, NO_CODE, find_model
 from diffusion_attn.metrics.images import Pictures, as_tensor
 
 _BATCH = 32
@@ -32,7 +32,7 @@ class ClipScorer:
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        self.model: Any = load(CLIPModel, name, "CLIP model", **WEIGHTS_ONLY).to(device).eval()
+        self.model: Any = load(CLIPModel, name, "CLIP model", **MODEL_ONLY).to(device).eval()
         self.processor = load(AutoImageProcessor, name, "CLIP model")
         self.tokenizer = load(AutoTokenizer, name, "CLIP model")
 
@@ -78,7 +78,7 @@ class FrechetScorer:
         from transformers import AutoImageProcessor, AutoModel
 
         processor = load(AutoImageProcessor, name, "vision model")
-        model: Any = load(AutoModel, name, "vision model", **WEIGHTS_ONLY).to(device).eval()
+        model: Any = load(AutoModel, name, "vision model", **MODEL_ONLY).to(device).eval()
         features = _Features(model, processor)
         try:
             features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

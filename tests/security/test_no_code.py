@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 from diffusion_attn.cli import models
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
-from diffusion_attn.core.loading import WEIGHTS_ONLY
+from diffusion_attn.core.loading import MODEL_ONLY
 from diffusion_attn.distill import ConfigError, DistillConfig
 from diffusion_attn.distill.teacher import load_teacher
 from diffusion_attn.metrics.networks import load
@@ -91,7 +91,7 @@ def test_adapters_that_lie_beside_a_model_are_refused(model, tmp_path):
     with pytest.raises(DiffusionAttnError, match=r"text_encoder/adapter_config\.json"):
         load_teacher(str(folder))
     with pytest.raises(DiffusionAttnError, match=r"adapter_config\.json"):
-        load(AutoModel, str(tmp_path / "clip"), "network", **WEIGHTS_ONLY)
+        load(AutoModel, str(tmp_path / "clip"), "network", **MODEL_ONLY)
     with pytest.raises(DiffusionAttnError, match=r"adapter_config\.json"):
         ViMAEditPipeline.from_pipe(tiny.sd()).load_clip(str(tmp_path / "clip"))
 
@@ -127,7 +127,7 @@ def test_networks_and_tokenizers_with_code_are_refused(tmp_path, code, kind, mon
     for name in ("config.json", "tokenizer_config.json"):
         (folder / name).write_text(json.dumps({"model_type": "mine", "auto_map": names}))
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked, or what they answer does not count
-    options = WEIGHTS_ONLY if kind is AutoModel else {}
+    options = MODEL_ONLY if kind is AutoModel else {}
     with pytest.raises(DiffusionAttnError, match="could not be loaded"):
         load(kind, str(folder), "network", **options)
 

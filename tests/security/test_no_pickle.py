@@ -1,17 +1,18 @@
 """Nothing loads a pickle: not the sources, and not the loaders that they call."""
 
 import ast
+import json
 import pickle
 
 import pytest
 import torch
-from transformers import CLIPModel
+from transformers import AutoModel, CLIPModel
 
 import diffusion_attn as da
 from diffusion_attn.cli import models
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.vimaedit import _check_file
-from diffusion_attn.core.loading import WEIGHTS_ONLY
+from diffusion_attn.core.loading import MODEL_ONLY, WEIGHTS_ONLY
 from diffusion_attn.distill.teacher import load_teacher
 from diffusion_attn.metrics.networks import load
 from tests import tiny
@@ -123,7 +124,18 @@ def test_networks_of_pickles_are_refused(tmp_path, marker):
     (tmp_path / "clip/model.safetensors").unlink()
     torch.save({"x": Payload(marker)}, tmp_path / "clip/pytorch_model.bin")
     with pytest.raises(da.DiffusionAttnError, match="safetensors"):
-        load(CLIPModel, str(tmp_path / "clip"), "CLIP model", **WEIGHTS_ONLY)
+        load(CLIPModel, str(tmp_path / "clip"), "CLIP model", **MODEL_ONLY)
+
+
+@pytest.mark.parametrize("kind", [AutoModel, CLIPModel])
+def test_adapters_are_not_looked_for(tmp_path, marker, kind):
+    tiny.clip(tmp_path / "clip")
+    adapter = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    (tmp_path / "clip/adapter_config.json").write_text(json.dumps(adapter))
+    torch.save({"x": Payload(marker)}, tmp_path / "clip/adapter_model.bin")
+    with pytest.raises(Exception, match=r"adapter_model|base_model_name_or_path"):  # peft is here, and would load it
+        kind.from_pretrained(tmp_path / "clip", **WEIGHTS_ONLY)
+    assert not kind.from_pretrained(tmp_path / "clip", **MODEL_ONLY)._hf_peft_config_loaded
 
 
 def test_weights_of_methods_are_never_pickles(tmp_path, marker):
