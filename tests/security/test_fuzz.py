@@ -1,6 +1,7 @@
 """Whatever is in a file, its reader takes it or tells by the library's own errors that it does not."""
 
 import copy
+import dataclasses
 import json
 import struct
 import tarfile
@@ -251,6 +252,17 @@ def test_inversions(tmp_path, data):
     with suppress(DiffusionAttnError):
         inversion = Inversion.load(path)
         assert inversion.size == (1, 1) or inversion.latents.ndim == 5
+
+
+@pytest.mark.parametrize("part", ["null_embeds", "word_embeds"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_inversions_of_other_lengths_are_refused_or_not_finished(tmp_path, part, count):
+    dataclasses.replace(INVERSION, **{part: torch.zeros(count, 1, 3)}).save(tmp_path / "x.safetensors")
+    if (part, count) == ("null_embeds", 1):
+        assert not Inversion.load(tmp_path / "x.safetensors").finished
+    else:
+        with pytest.raises(da.CheckpointFormatError, match=part):
+            Inversion.load(tmp_path / "x.safetensors")
 
 
 ROW = {"method": "p2p", "item": "a", "type": 1, "note": None, **dict.fromkeys(pie_bench.COLUMNS, 1.0), "mse": "nan"}

@@ -191,6 +191,8 @@ class Inversion:
             *((name, _is_tensor(getattr(self, name), ndim)) for name, ndim in _DIMENSIONS.items()),
             *((name, isinstance(getattr(self, name), kind)) for name, kind in _KINDS.items()),
             ("latents", len(self.latents) == self.steps + 1),
+            ("null_embeds", self.null_embeds is None or len(self.null_embeds) <= self.steps),
+            ("word_embeds", self.word_embeds is None or not self.finished or len(self.word_embeds) == self.steps),
             ("words", all(isinstance(word, str) for word in self.words)),
             ("model", all(isinstance(number, (int, float)) for number in self.model)),
             ("history", all(isinstance(each, dict) for each in self.history)),
