@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PROMPT ?= a large red star above a blue ring on a white background
 
-.PHONY: demo test docs lint clean
+.PHONY: demo test docs lint package clean
 
 demo: $(VENV)/.base
 	$(BIN)/diffusion-attn generate "$(PROMPT)" --method hidiffusion --hidiffusion.window_attention false --size 128 --num-images 3 --compare --output outputs/demo
@@ -20,6 +20,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+package: $(VENV)/.dev
+	$(BIN)/python .ci/package.py --oldest
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

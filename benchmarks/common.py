@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from diffusion_attn.bench.table import table as table
+from diffusion_attn.core.reading import read_json
 from diffusion_attn.core.session import bind_call
 from diffusion_attn.core.unet_layout import attention_levels, mirror
 from diffusion_attn.metrics import turns
@@ -253,8 +254,15 @@ def default_output(benchmark: str, device: str = "cpu", dtype: str = "float32") 
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The sections of a result file, none where there is no file yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The sections of a result file, none where there is no file yet.
+
+    Raises:
+        SystemExit: it is damaged.
+    """
+    try:
+        return dict(read_json(path)) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{path} is no file of results ({error}); get it again, or remove it.") from error
 
 
 def write_section(path: Path, name: str, section: dict[str, Any]) -> None:

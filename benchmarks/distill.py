@@ -11,7 +11,6 @@ Run from the repository root. They print a table and keep it as a section of the
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -21,11 +20,11 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-import yaml
 
 import diffusion_attn as da
 from benchmarks import common
 from benchmarks.pages import Section, finish, origin, run, shared_arguments
+from diffusion_attn.core.reading import read_json, read_yaml
 from diffusion_attn.distill import losses
 from diffusion_attn.distill.cache import CachedData, make_cache
 from diffusion_attn.distill.config import DataConfig, MethodConfig
@@ -176,8 +175,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "history.json").is_file():
         raise SystemExit(f"{folder} holds no history.json; give folders that diffusion-attn distill finished.")
-    history = json.loads((folder / "history.json").read_text())
-    config = yaml.safe_load((folder / "distill.yaml").read_text())
+    history, config = read_json(folder / "history.json"), read_yaml(folder / "distill.yaml")
     evaluation = folder / "evaluation" / "evaluation.json"
     points = []
     for start in range(0, len(history), size := math.ceil(len(history) / POINTS)):
@@ -187,7 +185,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {
         "settings": {name: config[section][name] for name, section in SHOWN.items()},
         "points": points,
-        "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
+        "evaluation": read_json(evaluation) if evaluation.is_file() else None,
     }
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.pages import Section, keep, resume
+from diffusion_attn.core.loading import WEIGHTS_ONLY
 from diffusion_attn.shapes.captions import caption
 from diffusion_attn.shapes.judging import score
 from diffusion_attn.shapes.models import load_pipeline
@@ -119,7 +120,7 @@ def rows(args: argparse.Namespace, applies: Applies) -> Iterator[tuple[int, str]
 
 def load(args: argparse.Namespace, subject: Subject) -> Any:
     """The pipeline under test, with no progress bar of its own."""
-    pipe = DiffusionPipeline.from_pretrained(args.model) if args.model else load_pipeline(subject.name)
+    pipe = DiffusionPipeline.from_pretrained(args.model, **WEIGHTS_ONLY) if args.model else load_pipeline(subject.name)
     subject.prepare(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(args.device, getattr(torch, args.dtype))

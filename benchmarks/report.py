@@ -38,14 +38,18 @@ def write_page(name: str, folder: Path = common.RESULTS) -> None:
     """Write ``FOLDER/NAME.md`` from the result files beside it.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: there is none, or one is damaged.
     """
     files = sorted(folder.glob(f"{name}-*.json"))
     if not files:
         raise SystemExit(f"there is nothing to report: no {name}-*.json in {folder.name}; run a benchmark first.")
     parts = _bench(files) if name == BENCH else _sections(BENCHMARKS[name], files)
     page = folder / f"{name}.md"
-    page.write_text("\n".join(parts))
+    try:
+        text = "\n".join(parts)
+    except Exception as error:  # tables fail in as many ways as their numbers can be wrong
+        raise SystemExit(f"{name}: one of {len(files)} result files is damaged ({error!r}); make it again.") from error
+    page.write_text(text)
     print(f"{page.name}: {len(files)} result files")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from dataclasses import asdict, dataclass, field
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,25 @@ import torch
 from tqdm import tqdm
 
 from diffusion_attn.core.errors import CheckpointFormatError
+from diffusion_attn.core.files import save_json, written
+from diffusion_attn.core.tensors import open_tensors, read_tensors
 from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.data import Order, PictureData, Sample, ShapesData
 from diffusion_attn.distill.encoding import Encoded, encode, encode_nothing, fingerprint
 from diffusion_attn.distill.families import denoiser_of, family_of
 from diffusion_attn.distill.sources import DataError, find_pictures
 from diffusion_attn.distill.teacher import size_step, training_size
-from diffusion_attn.methods.checkpoints import read_json, read_tensors
+from diffusion_attn.methods.checkpoints import read_json
 
 INDEX = "cache.json"
 EMPTY = "empty.safetensors"
 SHARD = 256
 """Samples of a file."""
+
+LARGEST_INDEX = 2**30
+"""Bytes; those of ten million pictures."""
+
+_FILE = re.compile(r"shard-\d{6,}\.safetensors")
 
 
 @dataclass
@@ -51,9 +58,7 @@ class Index:
 
     def write(self, folder: Path) -> None:
         """Put it into ``folder`` as a whole."""
-        part = folder / f".{INDEX}.part"
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, folder / INDEX)
+        save_json(folder / INDEX, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -68,9 +73,22 @@ class Index:
                 "or give another --data.source."
             )
         try:
-            return cls(**read_json(folder / INDEX))
-        except (CheckpointFormatError, TypeError) as error:
+            index = cls(**read_json(folder / INDEX, LARGEST_INDEX))
+            index._check()
+            return index
+        except (CheckpointFormatError, TypeError, ValueError) as error:
             raise DataError(f"{str(folder / INDEX)!r} is damaged ({error}); make the cache again.") from error
+
+    def _check(self) -> None:
+        if not isinstance(self.made_of, dict) or not isinstance(self.total, int):
+            raise ValueError("it does not tell what it was made of")
+        if not isinstance(self.shards, dict) or not all(map(_FILE.fullmatch, self.shards)):
+            raise ValueError("it names files that are no shards")
+        for row in chain.from_iterable(self.shards.values()):
+            if [type(number) for number in row] != [int, int, int]:
+                raise ValueError(f"{row!r} is not a number, a height and a width")
+        if not all(len(entry) == 2 and all(isinstance(x, str) for x in entry) for entry in self.broken):
+            raise ValueError("it does not tell which pictures are broken")
 
 
 # ---- making one
@@ -203,12 +221,10 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
         name: x.to("cpu", torch.float32 if name.endswith("time_ids") else dtype).contiguous().clone()
         for name, x in tensors.items()
     }
-    part = path.with_name(f".{path.name}.part")
     try:
-        save_file(kept, part)
-        os.replace(part, path)
+        with written(path) as part:
+            save_file(kept, part)
     except Exception as error:  # safetensors tells a full disk by an error of its own
-        part.unlink(missing_ok=True)
         raise DataError(
             f"{str(path)!r} cannot be written ({error}); make room, and run the same command again to go on."
         ) from error
@@ -308,10 +324,8 @@ class CachedData:
 
     def _shard(self, file: str) -> tuple[Any, set[str]]:
         """An open file, and the names of a sample's tensors."""
-        from safetensors import safe_open
-
         if file not in self._files:
-            shard = safe_open(self.folder / file, "pt")
+            shard = open_tensors(self.folder / file)
             keys = shard.keys()
             self._files[file] = shard, {key.partition("/")[2] for key in keys}
         return self._files[file]

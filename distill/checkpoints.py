@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
+from diffusion_attn.core.tensors import read_tensors
 from diffusion_attn.distill.config import ConfigError
-from diffusion_attn.methods.checkpoints import read_json, read_tensors
+from diffusion_attn.methods.checkpoints import read_json
 
 TENSORS, STATE = "state.safetensors", "state.json"
 _PREFIX, _PART, _OLD = "step-", ".part-", ".old-"
@@ -78,31 +79,32 @@ class TrainState:
             ConfigError: the checkpoint belongs to another configuration.
             CheckpointFormatError: it is damaged.
         """
-        state = read_json(folder / STATE)
-        _check_identity(folder, state["identity"], self.identity)
-        tensors = read_tensors(folder / TENSORS)
+        state, tensors = read_json(folder / STATE), read_tensors(folder / TENSORS)
         try:
+            _check_identity(folder, state["identity"], self.identity)
             by_index: dict[int, dict[str, Any]] = {}
             for key, value in {**_part(tensors, "optimizer/"), **_part(state["numbers"], "optimizer/")}.items():
                 index, name = key.split("/")
                 by_index.setdefault(int(index), {})[name] = value
             with torch.no_grad():
                 for i, parameter in enumerate(self.parameters):
-                    parameter.copy_(tensors[f"weights/{i}"])
+                    parameter.copy_(_like(parameter, tensors, f"weights/{i}"))
             self.optimizer.load_state_dict({"state": by_index, "param_groups": state["groups"]})
             self.schedule.load_state_dict(state["schedule"])
             if self.scaler is not None:
                 self.scaler.load_state_dict(state["scaler"])
             if self.ema is not None:
                 for i, shadow in enumerate(self.ema.shadow_params):
-                    shadow.copy_(tensors[f"ema/{i}"])
+                    shadow.copy_(_like(shadow, tensors, f"ema/{i}"))
                 self.ema.optimization_step = state["ema_step"]
-        except (KeyError, ValueError, RuntimeError) as error:
+            self.step, self.history = int(state["step"]), list(state["history"])
+        except DiffusionAttnError:
+            raise
+        except Exception as error:  # torch's own loaders raise whatever the damage made them raise
             raise CheckpointFormatError(
                 f"checkpoint {str(folder)!r} does not hold what this run needs ({error}); remove it to go on from the "
                 "one before."
             ) from error
-        self.step, self.history = state["step"], state["history"]
 
 
 class Checkpoints:
@@ -163,6 +165,12 @@ class Checkpoints:
 
 def _part(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+
+
+def _like(parameter: torch.Tensor, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if tensors[name].shape != parameter.shape:  # copy_ would repeat what is smaller
+        raise ValueError(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
+    return tensors[name]
 
 
 def _check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.files import save_text
+from diffusion_attn.core.reading import read_yaml
 from diffusion_attn.methods import METHODS
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -278,7 +280,7 @@ class DistillConfig:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls)
         try:
-            settings = parser.parse_string(path.read_text(encoding="utf-8"))
+            settings = parser.parse_object(_sections(read_yaml(path)))
             settings = parser.parse_object({name: dict(part) for name, part in (overrides or {}).items()}, settings)
             return cls(**vars(parser.instantiate(settings)))
         except ConfigError:
@@ -295,7 +297,7 @@ class DistillConfig:
 
         plain = asdict(self)
         plain["optim"]["betas"] = list(self.optim.betas)
-        path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        save_text(path, yaml.safe_dump(plain, sort_keys=False))
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on: everything but how long, where, and what is kept.
@@ -308,6 +310,28 @@ class DistillConfig:
             del plain["data"][name]
         del plain["optim"]["micro_batch"]
         return plain
+
+
+def _sections(content: Any) -> dict[str, dict[str, Any]]:
+    """What a recipe says, by section and name: jsonargparse would take other things for classes and files to load.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    sections = {section.name: section.default_factory for section in fields(DistillConfig)}
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ValueError(f"it says {content!r:.100}; expected sections ({', '.join(sections)}) of names and values")
+    for section, values in content.items():
+        if section not in sections:
+            raise ValueError(f"there is no section {section!r}; there are {', '.join(sections)}")
+        if not isinstance(values, dict):
+            raise ValueError(f"{section} is {values!r:.100}; expected names and values")
+        names = [setting.name for setting in fields(sections[section])]  # type: ignore[arg-type]
+        for name in values:
+            if name not in names:
+                raise ValueError(f"{section} has no {name!r}; there are {', '.join(names)}")
+    return content
 
 
 def find_recipe(recipe: str | Path) -> Path:

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from diffusion_attn.core.pictures import FORMATS, open_picture
 from diffusion_attn.distill.buckets import bucket_shapes, nearest_shape
 from diffusion_attn.distill.config import DataConfig
 from diffusion_attn.distill.draws import generator
@@ -200,9 +201,9 @@ class PictureData:
             DataError: it cannot be read, with the reason alone as message.
         """
         try:
-            with self.pictures.open(index) as file, Image.open(file) as picture:
-                image = ImageOps.exif_transpose(picture).convert("RGB")
-        except Exception as error:  # each kind of damage makes Pillow raise something else
+            with self.pictures.open(index) as file:
+                image = open_picture(file)
+        except Exception as error:  # what is listed may be nowhere, or anything
             raise DataError(str(error) or type(error).__name__) from error
         return replace(fit_picture(image, self.shapes[index], self.config.fit), caption=self.pictures.caption(index))
 
@@ -222,7 +223,7 @@ class PictureData:
     def _bucket(self, index: int, buckets: list[tuple[int, int]]) -> tuple[int, int] | None:
         """The bucket of a picture, of which the header alone is read, or ``None`` if that cannot be."""
         try:
-            with self.pictures.open(index) as file, Image.open(file) as picture:
+            with self.pictures.open(index) as file, Image.open(file, formats=FORMATS) as picture:
                 width, height = picture.size
                 turned = picture.getexif().get(_ORIENTATION, 1) >= 5
         except Exception:  # as in `read`, which will tell the reason

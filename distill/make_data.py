@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion_attn.core.calls import call_arguments
+from diffusion_attn.core.files import save_json, save_text, written
 from diffusion_attn.distill.encoding import fingerprint
 from diffusion_attn.distill.sources import DataError
 from diffusion_attn.methods.checkpoints import read_json
@@ -88,15 +87,14 @@ def _begin(output: Path, settings: dict[str, Any]) -> None:
     file = output / SETTINGS
     if file.exists():
         if (found := read_json(file)) != settings:
+            found = found if isinstance(found, dict) else {}
             changed = ", ".join(name for name in settings if found.get(name) != settings[name])
             raise DataError(
                 f"--output {str(output)!r} holds pictures made with another {changed}; choose another folder, or go on "
                 "with the same settings."
             )
         return
-    part = output / f".{SETTINGS}.part"
-    part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    save_json(file, settings)
 
 
 def _picture(output: Path, number: int) -> Path:
@@ -105,7 +103,6 @@ def _picture(output: Path, number: int) -> Path:
 
 def _write(path: Path, caption: str, image: Any) -> None:
     """The picture comes last, so that one that is there is complete."""
-    path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-    part = path.with_name(f".{path.name}.part")
-    image.save(part, "PNG")
-    os.replace(part, path)
+    save_text(path.with_suffix(".txt"), caption + "\n")
+    with written(path) as part:
+        image.save(part, "PNG")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.reading import LARGEST_CAPTION, parse_json, read_lines, read_text
 from diffusion_attn.distill.config import DataConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -119,19 +119,20 @@ def _beside(root: Path) -> Iterator[tuple[Path, str]]:
         text = path.with_suffix(".txt")
         if path.suffix.lower() in SUFFIXES and text.is_file():
             try:
-                yield path, text.read_text(encoding="utf-8").strip()
+                yield path, read_text(text, LARGEST_CAPTION).strip()
             except ValueError as error:
-                raise DataError(f"{str(text)!r} is not UTF-8 text; save it as such, or remove it.") from error
+                raise DataError(f"{str(text)!r} cannot be read ({error}); save it as UTF-8, or remove it.") from error
 
 
 def _rows(file: Path, column: str) -> Iterator[tuple[str, str]]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows: Any = csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            lines = read_lines(opened)
+            rows: Any = csv.DictReader(lines) if file.suffix == ".csv" else map(parse_json, filter(str.strip, lines))
             for row in rows:
                 if row[column] is not None:
                     yield str(row["file_name"]), str(row[column])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); expected file_name and {column} in every "
             "row, or name the caption's column with --data.caption_column."
@@ -189,6 +190,8 @@ def _members(file: Path, column: str) -> Iterator[tuple[Path, str, int, int, str
     try:
         with tarfile.open(file, "r:") as archive:  # compressed ones cannot be read from the middle
             for member in archive:
+                if member.size < 0:  # the next one would be this again
+                    raise ValueError(f"{member.name} has {member.size} bytes")
                 place = PurePosixPath(member.name)
                 if not member.isfile() or place.name.startswith("."):  # what macOS keeps beside a file
                     continue
@@ -197,10 +200,12 @@ def _members(file: Path, column: str) -> Iterator[tuple[Path, str, int, int, str
                 if suffix in SUFFIXES:
                     pictures[key] = (member.name, member.offset_data, member.size)
                 elif suffix in (".txt", ".json") and (content := archive.extractfile(member)):
+                    if member.size > LARGEST_CAPTION:
+                        raise ValueError(f"{member.name} has {member.size} bytes, more than a caption")
                     text = content.read().decode("utf-8")
-                    found = text.strip() if suffix == ".txt" else json.loads(text)[column]
+                    found = text.strip() if suffix == ".txt" else parse_json(text)[column]
                     captions |= {} if found is None else {key: str(found)}
-    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of damage tarfile tells by whatever goes wrong, of memory and recursion too
         raise DataError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); expected an uncompressed tar file with a "
             f".txt, or a .json with {column!r}, for each picture."

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusion_attn.core.errors import DiffusionAttnError, UnsupportedModelError
+from diffusion_attn.core.loading import WEIGHTS_ONLY, find_model
 from diffusion_attn.distill.config import ConfigError
 from diffusion_attn.distill.families import family_of
 from diffusion_attn.shapes import models
@@ -22,12 +22,11 @@ def load_teacher(name: str) -> Any:
     """
     from diffusers import DiffusionPipeline
 
-    path = Path(name).expanduser()
     try:
         if name in models.available():
             pipe = models.load_pipeline(name)
         else:
-            pipe = DiffusionPipeline.from_pretrained(path if path.is_dir() else name, dtype=torch.float32)
+            pipe = DiffusionPipeline.from_pretrained(find_model(name), dtype=torch.float32, **WEIGHTS_ONLY)
     except Exception as error:  # loaders raise whatever the broken file or the connection made them raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise DiffusionAttnError(

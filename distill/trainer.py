@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import tempfile
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from diffusion_attn.core.enable import using
 from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.files import save_json
 from diffusion_attn.distill import losses
 from diffusion_attn.distill.cache import CachedData
 from diffusion_attn.distill.checkpoints import Checkpoints, TrainState
@@ -368,7 +368,7 @@ class Distiller:
 
     def _save(self, student: Student) -> None:
         self.config.save(self.output / "distill.yaml")
-        (self.output / "history.json").write_text(json.dumps(self.history, indent=1) + "\n", encoding="utf-8")
+        save_json(self.output / "history.json", self.history)
         student.save_pretrained(self.output)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 
 from diffusion_attn.core.calls import call_arguments
 from diffusion_attn.core.enable import using
+from diffusion_attn.core.files import written
 from diffusion_attn.distill.config import RunConfig
 from diffusion_attn.distill.families import denoiser_of, family_of
 from diffusion_attn.distill.student import Student
@@ -40,9 +40,8 @@ class Validation:
         with using(pipe, student):
             pictures = self._pictures(pipe)
         self.folder.mkdir(exist_ok=True)
-        part = self.folder / f".step-{step:06d}.part"
-        make_image_grid([*self._teacher, *pictures], 2, len(pictures)).save(part, "PNG")
-        os.replace(part, self.folder / f"step-{step:06d}.png")
+        with written(self.folder / f"step-{step:06d}.png") as part:
+            make_image_grid([*self._teacher, *pictures], 2, len(pictures)).save(part, "PNG")
 
     def _pictures(self, pipe: Any) -> list[Image.Image]:
         config, family, denoiser = self.config, family_of(pipe), denoiser_of(pipe)

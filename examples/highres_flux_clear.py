@@ -51,7 +51,7 @@ def main() -> None:
         # Its guidance is the difference of two passes, of which 7.5 times is too much.
         ladder = replace(ladder, fit="area", guidance_scale=None, static_shift=None)
     else:
-        pipe = FluxPipeline.from_pretrained(args.model, dtype=torch.bfloat16)
+        pipe = FluxPipeline.from_pretrained(args.model, dtype=torch.bfloat16, use_safetensors=True)
         options = {"radius": args.radius, "down_factor": args.down_factor, "proportional": True, "ntk_factor": 10.0}
         weights = args.weights or "Huage001/CLEAR"
         clear = da.Clear(**options) if weights == "none" else da.Clear.from_pretrained(weights, **options)

@@ -50,7 +50,7 @@ def main() -> None:
     if embedded:
         pipe = da.shapes.load_pipeline()
     else:
-        pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float16)
+        pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float16, use_safetensors=True)
     pipe.to(args.device)
     linfusion = da.LinFusion.from_pretrained(args.weights) if args.weights else da.LinFusion.for_pipeline(pipe)
     hires = HighResolutionPipeline.from_pipe(pipe, methods=[linfusion], base_methods=[linfusion])

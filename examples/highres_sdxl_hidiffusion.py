@@ -42,7 +42,9 @@ def main() -> None:
         # Windows cost quality at the few cells of the embedded model and save nothing there.
         hidiffusion = da.HiDiffusion(window_attention=False)
     else:
-        pipe = StableDiffusionXLPipeline.from_pretrained(args.model, dtype=torch.float16, variant="fp16")
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            args.model, dtype=torch.float16, variant="fp16", use_safetensors=True
+        )
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
         prompt, size, steps, guidance = "a street in the rain, neon lights", 4096, 50, 7.5
         hidiffusion = da.HiDiffusion()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoPipelineForImage2Image, AutoPipelineForText2Image
+from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
@@ -83,6 +83,8 @@ class HighResolutionPipeline:
         Raises:
             UnsupportedModelError: it has none, or works with a ControlNet.
         """
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image  # they load all that there are
+
         if getattr(pipeline, "controlnet", None) is not None:
             raise UnsupportedModelError(
                 f"{type(pipeline).__name__} has a ControlNet, whose picture is of one size; give a pipeline without."

@@ -41,8 +41,8 @@ def open_png(path: Path, size: tuple[int, int]) -> Image.Image:
     """
     try:
         image = PngImageFile(path)
-    except SyntaxError as error:
-        raise OSError(f"{path} is no PNG") from error
-    if image.size != size[::-1]:
-        raise OSError(f"{path} is {image.height}x{image.width}, and {size[0]}x{size[1]} was expected")
-    return image.convert("RGB")
+        if image.size == size[::-1]:
+            return image.convert("RGB")
+    except Exception as error:  # each kind of damage makes Pillow raise something else
+        raise OSError(f"{path} is no PNG ({error})") from error
+    raise OSError(f"{path} is {image.height}x{image.width}, and {size[0]}x{size[1]} was expected")

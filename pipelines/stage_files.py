@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from diffusion_attn.core.errors import DiffusionAttnError
-from diffusion_attn.core.files import save_json, save_png
+from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
+from diffusion_attn.core.files import save_json, save_png, written
+from diffusion_attn.core.reading import read_json
+from diffusion_attn.core.tensors import read_tensors
 from diffusion_attn.pipelines.ladder import Stage
 from diffusion_attn.pipelines.pictures import open_png
 
 _MANIFEST, _LATENTS = "stages.json", "base.safetensors"
+_RECORD: dict[str, Any] = {"methods": list, "seconds": (int, float), "peak_memory_bytes": int}
 
 
 class StageFiles:
@@ -41,7 +44,7 @@ class StageFiles:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if resume and (folder / _MANIFEST).is_file():
-                self._manifest["stages"] = self._finished(json.loads((folder / _MANIFEST).read_text("utf-8")))
+                self._manifest["stages"] = self._finished(read_json(folder / _MANIFEST))
             save_json(folder / _MANIFEST, self._manifest)
         except (OSError, ValueError) as error:
             raise DiffusionAttnError(
@@ -90,17 +93,16 @@ class StageFiles:
         return paths
 
     def load_latents(self) -> torch.Tensor | None:
-        """The latents that were kept, if there are any."""
-        path = self.folder / _LATENTS
-        return load_file(path)["latents"] if path.is_file() else None
+        """The latents that were kept, ``(n, C, h, w)``, if there are any and their file is whole."""
+        try:
+            latents = read_tensors(self.folder / _LATENTS).get("latents")
+        except CheckpointFormatError:
+            return None
+        return latents if latents is not None and latents.ndim == 4 else None
 
     def _save_latents(self, latents: torch.Tensor) -> None:
-        temporary = self.folder / f".{_LATENTS}.part"
-        try:
-            save_file({"latents": latents.cpu().contiguous()}, temporary)
-            temporary.replace(self.folder / _LATENTS)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written(self.folder / _LATENTS) as part:
+            save_file({"latents": latents.cpu().contiguous()}, part)
 
     def path(self, number: int, stage: Stage, index: int) -> Path:
         """Where picture ``index`` of a stage is."""
@@ -108,13 +110,26 @@ class StageFiles:
         return self.folder / f"stage-{number}-{stage.name}{further}.png"
 
     def _finished(self, found: Any) -> dict[str, Any]:
+        if not _is_manifest(found):
+            raise ValueError(f"its {_MANIFEST} is damaged; remove it to begin anew")
         theirs, ours = found["settings"], self._manifest["settings"]
         if differ := sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)):
             raise ValueError(
                 f"it holds stages of a run with another {differ[0]}: {theirs.get(differ[0])!r} instead of "
                 f"{ours.get(differ[0])!r}"
             )
-        return dict(found["stages"])
+        return found["stages"]
+
+
+def _is_manifest(found: Any) -> bool:
+    parts = [found.get(name) for name in ("settings", "stages")] if isinstance(found, dict) else [None]
+    return all(isinstance(part, dict) for part in parts) and all(map(_is_record, found["stages"].values()))
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or record.keys() != _RECORD.keys():
+        return False
+    return all(isinstance(record[name], kind) for name, kind in _RECORD.items())
 
 
 def digest(generator: torch.Generator | None) -> str | None:

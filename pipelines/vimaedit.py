@@ -20,6 +20,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from diffusion_attn.core.loading import MODEL_ONLY, NO_CODE, find_model
 from diffusion_attn.core.unet_layout import Size
 from diffusion_attn.editing.attention import AttentionControl
 from diffusion_attn.editing.controls import PromptEdit
@@ -104,17 +105,19 @@ class ViMAEditPipeline(EditingPipeline):
                 SDXL's ``vit-h`` ones. SDXL's others need none: its text half is the pipeline's second text encoder.
             options: of ``from_pretrained``.
         """
-        whole = AutoConfig.from_pretrained(name, **options)
+        where = find_model(os.fspath(name))
+        weights, options = {**MODEL_ONLY, **options}, {**NO_CODE, **options}
+        whole = AutoConfig.from_pretrained(where, **options)
         # Its halves do not always know how wide their common space is.
         text, vision = whole.text_config, whole.vision_config
         text.projection_dim = vision.projection_dim = whole.projection_dim
-        tokenizer = CLIPTokenizer.from_pretrained(name, **options)
+        tokenizer = CLIPTokenizer.from_pretrained(where, **options)
         place = {"device": self._execution_device, "dtype": self.unet.dtype}
-        encoder = CLIPTextModelWithProjection.from_pretrained(name, config=text, **options).to(**place).eval()
+        encoder = CLIPTextModelWithProjection.from_pretrained(where, config=text, **weights).to(**place).eval()
         if self.image_encoder is None or self.feature_extractor is None:
-            self.register_modules(feature_extractor=AutoImageProcessor.from_pretrained(name, **options))
+            self.register_modules(feature_extractor=AutoImageProcessor.from_pretrained(where, **options))
         if self.image_encoder is None:
-            seeing = CLIPVisionModelWithProjection.from_pretrained(name, config=vision, **options)
+            seeing = CLIPVisionModelWithProjection.from_pretrained(where, config=vision, **weights)
             self.register_modules(image_encoder=seeing.to(**place).eval())
         self.register_modules(guidance_text_encoder=encoder, guidance_tokenizer=tokenizer)
 

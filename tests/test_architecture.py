@@ -12,7 +12,7 @@ PACKAGE = ROOT / "diffusion_attn"
 MAY_IMPORT = {
     "core": {"core"},
     "ops": {"ops", "core.errors"},
-    "metrics": {"metrics", "core.errors", "version"},
+    "metrics": {"metrics", "core.errors", "core.loading", "core.pictures", "core.reading", "version"},
     "processors": {"processors", "ops", "core"},
     "methods": {"methods", "processors", "ops", "core"},
     "planning": {"planning", "core", "shapes.models"},

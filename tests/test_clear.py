@@ -352,7 +352,7 @@ def test_the_attention_backend_stays_in_force_where_attention_is_exact():
     tiny.run(pipe)
     for processor in pipe.transformer.attn_processors.values():
         processor._attention_backend = "_native_cudnn"  # there is none on CPUs
-    with pytest.raises(RuntimeError, match="No viable backend"):
+    with pytest.raises((RuntimeError, ValueError), match=r"No viable backend|bfloat16 or float16"):  # or by its checks
         tiny.run(pipe)
 
 

@@ -25,7 +25,6 @@ from diffusers import (
 from PIL import Image
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
     CLIPTextConfig,
@@ -355,6 +354,8 @@ def trace_of(model):
 
 def clip(folder):
     """Write a tiny CLIP model with its processor; returns the folder's name."""
+    from transformers import CLIPImageProcessorPil  # older releases have none
+
     tokenizer = build_tokenizer()
     layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {

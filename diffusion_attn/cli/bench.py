@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.method_options import check_names
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
+from diffusion_attn.core.reading import read_json
 from diffusion_attn.methods import METHODS
 from diffusion_attn.metrics.machine import device_slug
 
@@ -116,15 +116,21 @@ def _earlier(path: Path, model: str) -> dict[str, Any] | None:
     """What an earlier run has left in a file; ``None`` if there is none."""
     if not path.exists():
         return None
+    from diffusion_attn.bench.table import bench_table, notes
+
     remedy = "give another --output, or --restart to begin anew"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         other = result["settings"]["model"]
-        complete = {"machine", "rows", "commands"} <= result.keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        complete = False
-    if not complete:
-        raise CommandError(f"{str(path)!r} is no result of a bench; {remedy}.")
+        sound = isinstance(result["machine"], dict) and all(isinstance(each, str) for each in result["commands"])
+        for row in result["rows"]:
+            sound &= isinstance(row["method"], str) and [type(side) for side in row["size"]] == [int, int]
+        bench_table(result)  # which fails at anything but numbers
+        notes(result)
+    except Exception:
+        sound = False
+    if not sound:
+        raise CommandError(f"{str(path)!r} is no result of a bench, or damaged; {remedy}.")
     if other != _name(model):
         raise CommandError(f"{str(path)!r} holds rows of another model, {other!r}; {remedy}.")
     return result

@@ -22,7 +22,8 @@ def sentence(error: BaseException) -> str:
         )
     if isinstance(error, argparse.ArgumentError):
         return _of_argument(str(error))
-    message = " ".join(str(error).split())
+    # What strangers call their files and tensors is no command for the terminal.
+    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
     if isinstance(error, (DiffusionAttnError, ValueError, OSError)) and message:
         return message
     return f"{type(error).__name__}: {message or 'no message'}; add --debug to see where it comes from."

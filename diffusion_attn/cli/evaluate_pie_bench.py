@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -32,6 +31,7 @@ from diffusion_attn.cli.request import (
     pick_dtype,
 )
 from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.reading import read_json
 from diffusion_attn.metrics.cost import measure
 from diffusion_attn.metrics.pie_bench import COLUMNS, KINDS, EditScorer, Item, load, means
 
@@ -230,8 +230,8 @@ def _row(
     digest = hashlib.sha256(item.path.read_bytes() + repr(told).encode()).hexdigest()[:16]
     settings = {**settings, "item": digest}
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["settings"] != settings:
+        known = _known(path)
+        if known.get("settings") != settings:
             raise CommandError(
                 f"--output {str(output)!r} holds edits of other data or made with other settings ({path.name} of "
                 f"{name}); name another folder, or ask for the same."
@@ -268,6 +268,23 @@ def _row(
     files.save_png(folder / f"{item.name}.png", edited, {"method": name, **settings})
     files.save_json(path, {"settings": settings, "row": row})
     return row
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What an earlier run has written of an edit.
+
+    Raises:
+        CommandError: it is damaged.
+    """
+    try:
+        known = read_json(path)
+        row = known["row"]
+        if row.keys() != {"method", "item", "type", "note", *COLUMNS, *_OWN}:
+            raise ValueError("its row has other columns")
+        summarise([row], [row["method"]])  # which fails at anything but numbers
+    except Exception as error:
+        raise CommandError(f"{str(path)!r} is damaged ({error}); remove it to edit that picture again.") from error
+    return known
 
 
 def _round_trip(image: Image.Image) -> Image.Image:

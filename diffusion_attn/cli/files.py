@@ -7,16 +7,15 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffusion_attn.cli.errors import CommandError
+from diffusion_attn.core import pictures
 from diffusion_attn.core.files import TEXT_KEY, save_json, save_png, save_text
 
 __all__ = ["TEXT_KEY", "open_picture", "picture_name", "prepare_folder", "save_json", "save_png", "save_text", "slug"]
 
 _SLUG_LENGTH = 60
-_MOST_PIXELS = 2**28
-"""Pillow lets in two thirds of that, lest a small file fill the memory; 16384 pixels a side are our work."""
 
 
 def slug(prompt: str) -> str:
@@ -51,18 +50,9 @@ def open_picture(path: str) -> Image.Image:
     Raises:
         CommandError: it is not there, no picture, or too large.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the size is looked at here
     try:
-        with Image.open(Path(path).expanduser()) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise CommandError(
-                    f"{path!r} has {image.width}x{image.height} pixels, and {_MOST_PIXELS} in all is the most; give a "
-                    "smaller picture."
-                )
-            return ImageOps.exif_transpose(image).convert("RGB")
+        return pictures.open_picture(Path(path).expanduser())
     except FileNotFoundError as error:
         raise CommandError(f"{path!r} was not found; give a picture file.") from error
-    except OSError as error:  # also what is no picture
+    except (OSError, ValueError) as error:
         raise CommandError(f"{path!r} cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

@@ -23,7 +23,7 @@ from diffusion_attn.cli import (
     ui,
     upscale,
 )
-from diffusion_attn.cli.errors import sentence
+from diffusion_attn.cli.errors import CommandError, sentence
 from diffusion_attn.version import __version__
 
 PROGRAM = "diffusion-attn"
@@ -75,6 +75,9 @@ def _run(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> tuple[ArgumentParser, Any]:
     """The parser, and what it reads in ``argv``: ``subcommand``, and under its name the subcommand's arguments."""
+    for argument in argv:
+        if not argument.isascii() and argument != argument.encode(errors="replace").decode():
+            raise CommandError(f"the argument {argument!r} is not UTF-8 text; give it as such.")
     parser = _parser(PROGRAM, "Attention methods for diffusers pipelines.", version=__version__)
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -11,6 +11,7 @@ from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.core import sizes
 from diffusion_attn.core.errors import UnsupportedModelError, is_out_of_memory
+from diffusion_attn.core.loading import WEIGHTS_ONLY, find_model
 from diffusion_attn.methods.checkpoints import local_folder
 
 Size = tuple[int, int]
@@ -76,7 +77,7 @@ def load_model(model: str, dtype: Any, device: Any, option: str = "--model") -> 
         else:
             from diffusers import DiffusionPipeline
 
-            pipe = DiffusionPipeline.from_pretrained(path if path.is_dir() else model, dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(find_model(model), dtype=dtype, **WEIGHTS_ONLY)
         pipe.to(device)
     except Exception as error:  # loaders raise whatever the broken file or the connection made them raise
         if is_out_of_memory(error):

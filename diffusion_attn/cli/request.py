@@ -17,6 +17,7 @@ from diffusion_attn.cli.files import prepare_folder
 from diffusion_attn.cli.method_options import add_method_options, build_methods, check_names
 from diffusion_attn.cli.models import Size, check_model
 from diffusion_attn.core.method import Method
+from diffusion_attn.core.reading import LARGEST_JSON, read_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST_SEED = 2**63 - 1
@@ -184,11 +185,13 @@ def read_prompts(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(Path(path).expanduser(), LARGEST_JSON).removeprefix("\ufeff").splitlines()
     except OSError as error:
         raise CommandError(f"--prompts {path!r} cannot be read ({error.strerror}); give a text file.") from error
     except UnicodeDecodeError as error:
         raise CommandError(f"--prompts {path!r} is not UTF-8 text; save it as such.") from error
+    except ValueError as error:
+        raise CommandError(f"--prompts {path!r} cannot be read ({error}); give a smaller file.") from error
     return [line.strip() for line in lines if line.strip()]
 
 

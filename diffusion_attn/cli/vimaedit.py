@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_attn.cli import models
 from diffusion_attn.cli.errors import CommandError
+from diffusion_attn.core.tensors import open_tensors
 
 CROSS, SELF = 0.4, 0.6
 """``--cross`` and ``--self`` unless they are given."""
@@ -87,14 +88,12 @@ def _check_file(path: Path) -> None:
 
     Raises:
         CommandError: it is no file of an IP-Adapter.
+        CheckpointFormatError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CommandError(f"--ip-adapter {str(path)!r} is not a safetensors file ({error}); give one.") from error
+    if path.suffix != ".safetensors":  # by the name the loader decides what to read it as
+        raise CommandError(f"--ip-adapter {str(path)!r} is not a safetensors file by its name; give one.")
+    with open_tensors(path) as file:
+        parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118
     if parts != {"image_proj", "ip_adapter"}:
         raise CommandError(
             f"--ip-adapter {str(path)!r} holds other weights than an IP-Adapter's image_proj and ip_adapter; give a "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -19,7 +20,8 @@ def save_png(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
     """Write a PNG with its settings in the text chunk `TEXT_KEY`."""
     info = PngInfo()
     info.add_text(TEXT_KEY, json.dumps(settings))
-    _write(path, lambda file: image.save(file, "PNG", pnginfo=info))
+    with written(path) as part:
+        image.save(part, "PNG", pnginfo=info)
 
 
 def save_json(path: Path, content: Any) -> None:
@@ -29,15 +31,17 @@ def save_json(path: Path, content: Any) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8."""
-    _write(path, lambda file: file.write(text.encode()))
+    with written(path) as part:
+        part.write_bytes(text.encode())
 
 
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside ``path`` and rename, so that an interrupted run leaves no half of a file under its name."""
-    temporary = path.with_name(f".{path.name}.part")
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; then the file is renamed, so that none is left by halves under its name."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)  # of an interrupted run, or a link that somebody has put there
     try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
+        yield part
+        os.replace(part, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

@@ -1,17 +1,19 @@
-"""Published weights: found on the Hub or in a folder, read, checked and written; safetensors only."""
+"""Published weights: found on the Hub or in a folder, checked and written; safetensors only."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffusion_attn.core import reading
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
+from diffusion_attn.core.files import written
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """The usual name of the weights in a published folder."""
@@ -75,35 +77,17 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
     return next((place for place in (folder, EMBEDDED / folder) if place.is_dir()), None)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+def read_json(path: Path, largest: int = reading.LARGEST_JSON) -> Any:
+    """The content of a JSON file of ``largest`` bytes at most.
 
     Raises:
-        CheckpointFormatError: it is not JSON.
+        CheckpointFormatError: it is not JSON, or not within the bounds of `reading`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path, largest)
     except ValueError as error:
         raise CheckpointFormatError(
             f"{path.name} in {path.parent.name!r} is not JSON ({error}); get it again."
-        ) from error
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU, in their stored dtype.
-
-    Raises:
-        CheckpointFormatError: the file is truncated, corrupt, or of another format.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointFormatError(
-            f"{path.name} in {path.resolve().parent.name!r} cannot be read as safetensors ({error}); it is "
-            "truncated or of another format: get it again."
         ) from error
 
 
@@ -144,16 +128,11 @@ def write_folder(
 
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.tmp" for name in (weights, *files)}
-    try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary[weights], {"format": "pt"})
+    with ExitStack() as stack:
+        part = {name: stack.enter_context(written(folder / name)) for name in (weights, *files)}
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part[weights], {"format": "pt"})
         for name, text in files.items():
-            temporary[name].write_text(text, encoding="utf-8")
-        for name, path in temporary.items():
-            path.replace(folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+            part[name].write_text(text, encoding="utf-8")
 
 
 def _some(names: list[str], count: int = 4) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffusion_attn.core.errors import DiffusionAttnError
+from diffusion_attn.core.loading import MODEL_ONLY, NO_CODE, find_model
 from diffusion_attn.metrics.images import Pictures, as_tensor
 
 _BATCH = 32
@@ -32,7 +32,7 @@ class ClipScorer:
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        self.model: Any = load(CLIPModel, name, "CLIP model").to(device).eval()
+        self.model: Any = load(CLIPModel, name, "CLIP model", **MODEL_ONLY).to(device).eval()
         self.processor = load(AutoImageProcessor, name, "CLIP model")
         self.tokenizer = load(AutoTokenizer, name, "CLIP model")
 
@@ -78,7 +78,7 @@ class FrechetScorer:
         from transformers import AutoImageProcessor, AutoModel
 
         processor = load(AutoImageProcessor, name, "vision model")
-        model: Any = load(AutoModel, name, "vision model").to(device).eval()
+        model: Any = load(AutoModel, name, "vision model", **MODEL_ONLY).to(device).eval()
         features = _Features(model, processor)
         try:
             features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
@@ -124,15 +124,14 @@ class _Features(nn.Module):
         return features
 
 
-def load(kind: Any, name: str, what: str) -> Any:
-    """``kind.from_pretrained`` of a folder or a Hub id, which is ``what``.
+def load(kind: Any, name: str, what: str, **options: Any) -> Any:
+    """``kind.from_pretrained`` of a folder or a Hub id, which is ``what``, and of none of the code that lies there.
 
     Raises:
         DiffusionAttnError: it cannot be loaded.
     """
-    path = Path(name).expanduser()
     try:
-        return kind.from_pretrained(path if path.is_dir() else name)
+        return kind.from_pretrained(find_model(name), **{**NO_CODE, **options})
     except Exception as error:  # loaders raise whatever the broken file or the connection made them raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise DiffusionAttnError(

@@ -70,17 +70,27 @@ def load_layout(model: str, **hub: Any) -> Layout:
     path = str(where) if where.is_dir() else model
     index = DiffusionPipeline.load_config(path, **hub)
     part = next((name for name in ("unet", "transformer") if name in index), None)
-    name = index[part][1] if part else "nothing"
-    if part is None or name not in _TEXT_TOKENS:
+    name = index[part][-1] if part and isinstance(index[part], list) and index[part] else "nothing"
+    if not isinstance(name, str) or name not in _TEXT_TOKENS:
         raise UnsupportedModelError(
             f"the model {model!r} has {name} for a denoiser; plans are made for {', '.join(_TEXT_TOKENS)}."
         )
     # load_config is the same for every class.
     denoiser, vae = (AutoencoderKL.load_config(path, subfolder=folder, **hub) for folder in (part, "vae"))
+    found = denoiser.get("_class_name"), vae.get("_class_name")
+    if found != (name, "AutoencoderKL") or not isinstance(vae.get("block_out_channels"), list):
+        raise UnsupportedModelError(
+            f"the configs of the model {model!r} are of {found[0]} and {found[1]}, or damaged; plans are made of "
+            f"{name} and AutoencoderKL."
+        )
     return Layout(denoiser, vae, _TEXT_TOKENS[name])
 
 
 def _build(config: dict[str, Any], dtype: torch.dtype) -> Any:
     import diffusers
 
-    return on_meta(getattr(diffusers, config["_class_name"]), config, dtype)
+    name = config["_class_name"]
+    try:
+        return on_meta(getattr(diffusers, name), config, dtype)
+    except Exception as error:  # diffusers' models raise whatever their values made them raise
+        raise UnsupportedModelError(f"the config of a {name} cannot be built ({error}); get it again.") from error

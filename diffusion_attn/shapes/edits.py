@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from diffusion_attn.core.files import save_json
 from diffusion_attn.shapes.captions import caption
 from diffusion_attn.shapes.renderer import coverage, render
 from diffusion_attn.shapes.scenes import COLORS, KINDS, Scene, Shape, sample_scene
@@ -116,9 +116,7 @@ def write_edits(folder: str | Path, count: int = 60, seed: int = 0, size: int = 
             "blended_word": "" if edit.kind == "insert" else f"{before[0]} {after[0]}",
             "mask": encode_mask(torch.from_numpy(edit.changing(size))),
         }
-    temporary = Path(folder) / f".{MAPPING}.part"
-    temporary.write_text(json.dumps(mapping, indent=1), encoding="utf-8")
-    temporary.replace(Path(folder) / MAPPING)
+    save_json(Path(folder) / MAPPING, mapping)
 
 
 def _draw(rng: random.Random, kind: str, objects: int) -> SceneEdit:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from diffusion_attn.core.loading import WEIGHTS_ONLY
+
 FOLDER = Path(__file__).parent / "models"
 CLIP = FOLDER / "shapes-clip"
 """A CLIP for pictures of shapes, of transformers."""
@@ -36,4 +38,4 @@ def load_pipeline(name: str = "shapes-sd", **kwargs: Any) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(FOLDER / name, **{"dtype": torch.float32, **kwargs})
+    return DiffusionPipeline.from_pretrained(FOLDER / name, **{**WEIGHTS_ONLY, "dtype": torch.float32, **kwargs})

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from diffusion_attn.core.errors import CheckpointFormatError, DiffusionAttnError
+from diffusion_attn.core.files import written
+from diffusion_attn.core.reading import parse_json
+from diffusion_attn.core.tensors import open_tensors, read_tensors
 from diffusion_attn.editing.attention import AttentionControl, MapRecorder
 from diffusion_attn.editing.maps import AttentionMaps, Text
 from diffusion_attn.editing.network import Network
@@ -18,6 +21,22 @@ from diffusion_attn.editing.text import LearnedWords, encode, text_encoders
 from diffusion_attn.version import __version__
 
 _FORMAT = "diffusion-attn inversion 1"
+_DIMENSIONS = {
+    "latents": 5,
+    "timesteps": 1,
+    "prompt_embeds": 3,
+    "null_embeds": 3,
+    "word_embeds": 3,
+    "background": 2,
+    "reconstruction": 4,
+}
+_KINDS: dict[str, Any] = {
+    "prompt": (str, type(None)),
+    "direct": bool,
+    "history": list,
+    "settings": dict,
+    "cost": dict,
+}
 
 
 @dataclass(kw_only=True)
@@ -132,13 +151,9 @@ class Inversion:
                 rest[each.name] = value
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
         metadata = {"format": _FORMAT, "version": __version__, "inversion": json.dumps(rest)}
-        try:
+        with written(path) as part:
             save_file(tensors, part, metadata)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Inversion:
@@ -147,29 +162,54 @@ class Inversion:
         Raises:
             CheckpointFormatError: it is another kind of file.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise CheckpointFormatError(
-                        f"{os.fspath(path)!r} is not an inversion ({metadata.get('format', 'no format named')!r} where "
-                        f"{_FORMAT!r} is expected); give a file that Inversion.save has written."
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        with open_tensors(path) as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
             raise CheckpointFormatError(
-                f"{os.fspath(path)!r} is not a safetensors file ({error}); give one that Inversion.save has written."
+                f"{os.fspath(path)!r} is not an inversion ({metadata.get('format', 'no format named')!r} where "
+                f"{_FORMAT!r} is expected); give a file that Inversion.save has written."
+            )
+        try:
+            rest = parse_json(metadata.get("inversion", ""))
+            for name in ("words", "model"):
+                rest[name] = tuple(rest[name])
+            inversion = cls(**{**rest, **read_tensors(path)})
+            inversion._check_parts()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointFormatError(
+                f"{os.fspath(path)!r} is a damaged inversion ({error}); invert the picture again."
             ) from error
-        rest = json.loads(metadata["inversion"])
-        for name in ("words", "model"):
-            rest[name] = tuple(rest[name])
-        return cls(**tensors, **rest)
+        return inversion
+
+    def _check_parts(self) -> None:
+        """Make sure that parts are of the types and shapes that the class tells of.
+
+        Raises:
+            ValueError: names one that is not.
+        """
+        for name, right in (
+            *((name, _is_tensor(getattr(self, name), ndim)) for name, ndim in _DIMENSIONS.items()),
+            *((name, isinstance(getattr(self, name), kind)) for name, kind in _KINDS.items()),
+            ("latents", len(self.latents) == self.steps + 1),
+            ("null_embeds", self.null_embeds is None or len(self.null_embeds) <= self.steps),
+            ("word_embeds", self.word_embeds is None or not self.finished or len(self.word_embeds) == self.steps),
+            ("words", all(isinstance(word, str) for word in self.words)),
+            ("model", all(isinstance(number, (int, float)) for number in self.model)),
+            ("history", all(isinstance(each, dict) for each in self.history)),
+            ("settings", all(isinstance(each, dict) for each in self.settings.values())),
+            ("cost", all(isinstance(each, dict) for each in self.cost.values())),
+        ):
+            if not right:
+                raise ValueError(f"{name} is not what it should be")
 
     def with_cost(self, stage: str, **cost: float) -> Inversion:
         """The same with what one more stage has cost."""
         return replace(self, cost={**self.cost, stage: cost})
+
+
+def _is_tensor(x: Any, ndim: int) -> bool:
+    """Whether ``x`` is a tensor of so many dimensions, or ``None``."""
+    return x is None or (isinstance(x, torch.Tensor) and x.ndim == ndim)
 
 
 def fingerprint(pipe: Any) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from diffusion_attn.core.errors import CheckpointFormatError, UnsupportedModelEr
 from diffusion_attn.core.joint_layout import attentions
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
+from diffusion_attn.core.tensors import read_tensors
 from diffusion_attn.methods import checkpoints
 from diffusion_attn.methods.clear.layers import ClearLayer, ClearWeights, linears
 from diffusion_attn.methods.clear.processor import ClearProcessor
@@ -112,7 +113,7 @@ class Clear:
         cls(1 if radius is None else radius, 1 if down_factor is None else down_factor, **options)
         checkpoints.check_hub_options(hub)
         path, radius, expected = _find(id_or_file, radius, down_factor, hub)
-        tensors = checkpoints.read_tensors(path)
+        tensors = read_tensors(path)
         weights, found = ClearWeights.parse(tensors, f"CLEAR weights in {path.name!r}")
         if expected is not None and found != expected:
             raise CheckpointFormatError(

@@ -12,6 +12,8 @@ from diffusion_attn.core.errors import CheckpointFormatError
 from diffusion_attn.core.unet_layout import spatial_self_attentions
 from diffusion_attn.methods.stand_in import base_layer, copy_weights
 
+_WIDEST = 2**16
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -51,7 +53,9 @@ class LayerConfig:
         """Whether every value is one that a layer can be built of."""
         mid = self.projection_mid_dim
         counts = (self.dim_n, self.heads, *([] if mid in (None, -1) else [mid]))
-        return isinstance(self.module_name, str) and all(type(count) is int and count > 0 for count in counts)
+        return isinstance(self.module_name, str) and all(
+            type(count) is int and 0 < count <= _WIDEST for count in counts
+        )
 
 
 class LinFusionLayer(nn.Module):

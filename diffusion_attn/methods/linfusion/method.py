@@ -17,6 +17,7 @@ from torch import nn
 from diffusion_attn.core.errors import CheckpointFormatError, UnsupportedModelError
 from diffusion_attn.core.method import Attachment, Plan, Target
 from diffusion_attn.core.processors import check_exact
+from diffusion_attn.core.tensors import read_tensors
 from diffusion_attn.core.unet_layout import spatial_self_attentions
 from diffusion_attn.methods import checkpoints
 from diffusion_attn.methods.linfusion.layers import (
@@ -83,13 +84,13 @@ class LinFusion:
         check_place(base_weights)
         config = checkpoints.read_json(checkpoints.locate(id_or_dir, "config.json", **hub))
         entries = config.get("modules_list") if isinstance(config, dict) else None
-        if not isinstance(entries, list) or not entries:
+        if not isinstance(entries, list) or not 0 < len(entries) <= _MOST_LAYERS:
             raise CheckpointFormatError(
-                f"config.json of {str(id_or_dir)!r} has no modules_list, so it does not describe LinFusion weights; "
-                "give a folder or Hub id of the published format."
+                f"config.json of {str(id_or_dir)!r} has no modules_list, or one of too many layers, so it does not "
+                "describe LinFusion weights; give a folder or Hub id of the published format."
             )
         layers = [LayerConfig.parse(entry) for entry in entries]
-        tensors = checkpoints.read_tensors(checkpoints.locate(id_or_dir, checkpoints.WEIGHTS, **hub))
+        tensors = read_tensors(checkpoints.locate(id_or_dir, checkpoints.WEIGHTS, **hub))
         with torch.device("meta"):
             weights = _build(layers)
         checkpoints.check_tensors(tensors, weights.state_dict(), f"LinFusion weights in {str(id_or_dir)!r}")
@@ -236,6 +237,9 @@ class _Install:
             processor = LinFusionProcessor(layer, pinned, parked)
             attachment.when_undone(processor.forget)
             attachment.process(config.module_name, attn, processor)
+
+
+_MOST_LAYERS = 4096
 
 
 def _build(layers: list[LayerConfig]) -> nn.ModuleList:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion_attn.core.errors import UnsupportedModelError
+from diffusion_attn.core.loading import MODEL_ONLY
 
 _SIDE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,7 +44,7 @@ class StructureDistance:
 
         from diffusion_attn.metrics.networks import load
 
-        self.model: Any = load(AutoModel, name, "vision model").float().to(device).eval()
+        self.model: Any = load(AutoModel, name, "vision model", **MODEL_ONLY).float().to(device).eval()
         keys = [layer for name, layer in self.model.named_modules() if name.rpartition(".")[2] in ("k_proj", "key")]
         if not keys:
             raise UnsupportedModelError(f"{name!r} has no layer called k_proj or key; give a vision transformer.")
