@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,7 +282,7 @@ def _weights(args: Any) -> dict[str, float] | None:
             weights[word] = float(factor)
         except ValueError:
             sign = ""
-        if not sign or not word:
+        if not sign or not word or not math.isfinite(weights[word]):
             raise CommandError(f"--weights {text!r}: expected WORD=FACTOR, for example large=2.")
     return weights or None
 
@@ -304,6 +305,10 @@ def _check_words(args: Any, weights: dict[str, float] | None) -> None:
     asked = [("--words", word, [args.source]) for word in args.words or ()]
     asked += [("--weights", word, args.target) for word in weights or ()]
     if args.blend:
+        if len(args.blend) != 2:
+            raise CommandError(
+                f"--blend {' '.join(args.blend)!r}: expected a word of the source and one of the target."
+            )
         asked.append(("--blend", args.blend[0], [args.source]))
         asked += [("--blend", args.blend[1], [target]) for target in args.target]
     for option, word, prompts in asked:

@@ -72,7 +72,7 @@ def call_options(args: Any, folder: Path, base_scale: float = 1.0) -> dict[str, 
 
 
 def records_of(result: Any) -> list[dict[str, Any]]:
-    """The stages of a run, as they are written beside a picture."""
+    """The stages of a run, as they are written beside a picture, whose folder has their files."""
     return [
         {
             "size": [done.stage.width, done.stage.height],
@@ -80,7 +80,7 @@ def records_of(result: Any) -> list[dict[str, Any]]:
             "methods": done.methods,
             "seconds": done.seconds,
             "peak_memory_bytes": done.peak_memory_bytes,
-            "files": [str(path) for path in done.files],
+            "files": ["/".join(path.parts[-2:]) for path in done.files],
         }
         for done in result.stages
     ]

@@ -39,7 +39,7 @@ def check_model(model: str, option: str = "--model") -> None:
             f"{option} {model!r} is a folder without model_index.json, so not a diffusers pipeline; give the folder "
             "that save_pretrained wrote."
         )
-    if not _is_hub_id(model):
+    if not is_hub_id(model):
         raise CommandError(
             f"{option} {model!r} was not found: it is no folder here, and no embedded model (there are: "
             f"{', '.join(available()) or 'none'}); give one of these, or a Hub id of the form owner/name."
@@ -53,7 +53,7 @@ def check_weights(weights: str, option: str) -> None:
         CommandError: they are neither here, nor come with the package, nor have the form of a Hub id.
     """
     here = Path(weights).expanduser().is_file() or local_folder(weights) is not None
-    if not here and not _is_hub_id(weights):
+    if not here and not is_hub_id(weights):
         raise CommandError(
             f"{option} {weights!r} was not found: there is no such folder or file here; give one that is there, or a "
             "Hub id of the form owner/name."
@@ -205,7 +205,7 @@ def guidance_of(pipe: Any, model: str, asked: float | None) -> float | None:
     return parameter.default if takes_it else 1.0
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name could be one; ``outputs/student`` could."""
     return _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
 

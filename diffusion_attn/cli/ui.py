@@ -17,7 +17,9 @@ _LOCAL = "127.0.0.1"
 def add_arguments(parser: Any) -> None:
     """Add the arguments of ``diffusion-attn ui``."""
     add = parser.add_argument
-    add("--output", type=str, default="outputs", metavar="DIR", help="folder of all pictures, one in it for each run")
+    add(
+        "--output", type=str, default="outputs/ui", metavar="DIR", help="folder of all pictures, one in it for each run"
+    )
     add("--folder", nargs="+", action="extend", default=[], metavar="DIR", help="diffusers folders the page may load")
     add("--host", type=str, default=_LOCAL, help=f"address; by default {_LOCAL}, which no other machine can reach")
     add("--port", type=int, help="by default the first from 7860 on that is free")
@@ -52,9 +54,8 @@ def run(args: Any) -> int:
         studio = Studio(output, args.folder, args.device, args.dtype, args.max_side, args.max_steps)
 
         from diffusion_attn.ui.page import launch  # loads all the rest
-    with silence(args.quiet):
-        try:
-            launch(studio, args.host, args.port, share=args.share, inbrowser=not args.no_browser, quiet=args.quiet)
-        except OSError as error:
-            raise CommandError(f"--host {args.host} --port {args.port}: {error}") from error
+    try:
+        launch(studio, args.host, args.port, share=args.share, inbrowser=not args.no_browser, quiet=args.quiet)
+    except OSError as error:
+        raise CommandError(f"--host {args.host} --port {args.port}: {error}") from error
     return 0

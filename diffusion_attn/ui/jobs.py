@@ -30,12 +30,16 @@ class _Notes(logging.Handler):
 class Job:
     """One piece of work, in a thread of its own.
 
+    Args:
+        turn: held while it works; jobs that share one never work at the same time.
+
     Attributes:
         begun: whether it no longer waits for its turn.
         notes: what methods had to say in the meantime, each once, such as that they stay off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, turn: threading.Lock) -> None:
+        self._turn = turn
         self.begun = False
         self.notes: list[str] = []
         self._stop = threading.Event()
@@ -62,15 +66,14 @@ class Job:
     def run(self, work: Callable[[], Any]) -> Iterator[Any]:
         """Do ``work``; gives what it tells, and at last what it returns.
 
-        The work has ended when this has, also where nobody takes what it gives any more.
+        Where nobody takes what it gives any more the work is stopped, but not waited for: that would keep the server.
 
         Raises:
             Cancelled: it was stopped.
             Exception: what the work raised.
         """
         self.check()
-        thread = threading.Thread(target=self._do, args=(work,), daemon=True)
-        thread.start()
+        threading.Thread(target=self._do, args=(work,), daemon=True).start()
         try:
             over = False
             while not over:
@@ -80,18 +83,19 @@ class Job:
                 yield update
         finally:
             self.cancel()
-            thread.join()
 
     def _do(self, work: Callable[[], Any]) -> None:
         handler = _Notes(self.notes)
         logger = logging.getLogger("diffusion_attn")
-        logger.addHandler(handler)
-        try:
-            result = work()
-        except BaseException as error:
-            result = error
-        finally:
-            logger.removeHandler(handler)
+        with self._turn:
+            logger.addHandler(handler)
+            try:
+                self.check()
+                result = work()
+            except BaseException as error:
+                result = error
+            finally:
+                logger.removeHandler(handler)
         self._updates.put((True, result))
 
     @contextmanager

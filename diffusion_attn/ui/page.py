@@ -14,6 +14,7 @@ TABS = (generate, high_resolution, edit, attention, compare)
 _CSS = """
 .gradio-container {max-width: 1280px !important}
 .status {min-height: 1.6em}
+.status .wrong {color: var(--error-text-color, #b91c1c)}
 .shown img {width: 100% !important; height: 100% !important; object-fit: contain}
 .numbers {overflow-x: auto}
 .numbers th, .numbers td {padding: 4px 6px !important; white-space: nowrap; font-size: 12px}

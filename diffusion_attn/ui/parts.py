@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import math
 import random
 import re
 import shlex
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from diffusion_attn.cli.errors import CommandError, sentence
 from diffusion_attn.cli.request import parse_size
@@ -20,6 +23,7 @@ from diffusion_attn.ui.studio import Studio, is_given
 
 READY = "Ready."
 CANCELLED = "Cancelled."
+REFUSED = "That was refused before it began: a picture or a value cannot be read, or too many runs are waiting."
 PROMPTS = (
     "a large red star above a blue ring on a white background",
     "a small green circle left of a large purple cross on a yellow background",
@@ -40,12 +44,11 @@ class RunOptions:
             self.size = gr.Textbox(
                 size, label="Size", placeholder="native", info="128 or 192x128 pixels", min_width=120
             )
-            self.seed = gr.Number(0, label="Seed", info="of the noise", precision=0, minimum=0, min_width=120)
+            self.seed = gr.Number(0, label="Seed", info="of the noise", precision=0, min_width=120)
         self.new_seed = gr.Checkbox(False, label="a new seed each time", visible=new_seeds)
         with gr.Accordion("Steps and guidance", open=False), gr.Row():
-            empty = "empty: what the model recommends"
-            self.steps = gr.Number(None, label="Steps", info=empty, minimum=1, min_width=120)
-            self.guidance = gr.Number(None, label="Guidance", info=empty, minimum=0, min_width=120)
+            self.steps = number_field("Steps", "what the model recommends")
+            self.guidance = number_field("Guidance", "what the model recommends")
 
     @property
     def inputs(self) -> list[Any]:
@@ -60,10 +63,33 @@ class RunOptions:
         """
         size, seed, new, steps, guidance = values
         size = (size or "").strip()
-        steps = whole(steps, "steps")
+        steps = whole(number(steps, "Steps"), "steps")
         studio.check_limits(parse_size(size) if size else None, steps)
         seed = random.randrange(2**31) if new else whole(seed, "the seed") or 0
-        return {"size": size, "steps": steps, "guidance": guidance, "seed": seed}
+        return {"size": size, "steps": steps, "guidance": number(guidance, "Guidance"), "seed": seed}
+
+
+def number_field(label: str, empty: str) -> Any:
+    """A field for a number that may be left out; `number` reads it. A Number would fill itself with zero.
+
+    Args:
+        empty: what holds then.
+    """
+    return gr.Textbox("", label=label, placeholder=empty, min_width=120)
+
+
+def number(text: str | None, label: str) -> float | None:
+    """The number in a field; ``None`` if it is empty.
+
+    Raises:
+        CommandError: it is no number.
+    """
+    if not text or not text.strip():
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise CommandError(f"{label!r} is {text!r}; give a number, or leave it empty.") from error
 
 
 def whole(value: float | None, name: str) -> int | None:
@@ -74,7 +100,7 @@ def whole(value: float | None, name: str) -> int | None:
     """
     if value is None:
         return None
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise CommandError(f"{name} is {value}; give a whole number.")
     return int(value)
 
@@ -129,11 +155,18 @@ def shown_picture(label: str, height: int = 320) -> Any:
 
 
 def tell(error: BaseException) -> str:
-    """What a visitor is told of an error, in one sentence; options of the command line are fields here."""
+    """What a visitor is told of an error, in one sentence: options are fields here, and uploads have no folder."""
     if not isinstance(error, (DiffusionAttnError, ValueError, OSError)):
         traceback.print_exception(error, file=sys.stderr)
-    text = re.sub(r"(?<![\w-])--(?=[a-z])", "", sentence(error))
+    text = re.sub(r"(?<![\w-])--(?!folder|max-)(?=[a-z])", "", sentence(error))
+    text = re.sub(rf"{re.escape(get_upload_folder())}/\w+/", "", text)
+    text = text.replace("; see help.", ".")
     return text.replace("; add debug to see where it comes from", "; the terminal shows where it comes from")
+
+
+def status_line(text: str, wrong: bool = False) -> str:
+    """The line that tells how far it is, as HTML."""
+    return f'<div class="{"wrong" if wrong else ""}" role="status">{html.escape(text)}</div>'
 
 
 Buttons = tuple[Any, Any, Any]
@@ -144,7 +177,7 @@ def run_and_cancel(what: str) -> Buttons:
     with gr.Row():
         run = gr.Button(what, variant="primary", min_width=120)
         cancel = gr.Button("Cancel", min_width=80)
-    return run, cancel, gr.Markdown(READY, elem_classes="status")
+    return run, cancel, gr.HTML(status_line(READY), elem_classes="status")
 
 
 def connect(
@@ -163,34 +196,35 @@ def connect(
     """
     run, cancel, status = buttons
 
+    def ask(request: gr.Request) -> str:
+        try:
+            studio.ask(request.session_hash, tab)
+        except CommandError as error:
+            raise gr.Error(str(error), duration=5, print_exception=False) from error
+        return status_line("Waiting for its turn.")
+
     def told(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         with studio.job(request.session_hash, tab) as job:
             try:
-                yield from handler(job, *values)
-                yield {status: " ".join(["Done.", *job.notes])}
+                for update in handler(job, *values):
+                    yield {**update, status: status_line(update[status])} if status in update else update
+                yield {status: status_line(" ".join(["Done.", *job.notes]))}
             except Cancelled:
-                yield {status: CANCELLED}
+                yield {status: status_line(CANCELLED)}
             except Exception as error:
-                text = tell(error)
-                yield {status: text}
-                raise gr.Error(text, duration=20, print_exception=False) from error
+                yield {status: status_line(tell(error), wrong=True)}
 
-    def ask(request: gr.Request) -> str:
-        studio.ask(request.session_hash, tab)
-        return "Waiting for its turn."
+    def refused(request: gr.Request) -> Any:
+        """Where it fails before `told` is called: gradio could not read a picture or a value, or its queue is full."""
+        return status_line(REFUSED, wrong=True) if studio.drop(request.session_hash, tab) else gr.skip()
 
     def stop(request: gr.Request) -> Any:
         # A job that runs says itself when it has ended, which an answer from here might come after.
-        return CANCELLED if studio.cancel(request.session_hash, tab) else gr.skip()
+        return status_line(CANCELLED) if studio.cancel(request.session_hash, tab) else gr.skip()
 
-    asked = run.click(ask, None, status, queue=False, api_visibility="private", show_progress="hidden")
-    asked.then(
-        told,
-        list(inputs),
-        [*outputs, status],
-        concurrency_id="model",
-        concurrency_limit=1,
-        api_visibility="private",
-        show_progress="hidden",
-    )
-    cancel.click(stop, None, status, queue=False, api_visibility="private", show_progress="hidden")
+    quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    work: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+    asked = run.click(ask, None, status, **quick)
+    ran = asked.success(told, list(inputs), [*outputs, status], **work, **{**quick, "queue": True})
+    ran.failure(refused, None, status, **quick)
+    cancel.click(stop, None, status, **quick)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -53,6 +54,7 @@ class Studio:
         self._where = {"device": device, "dtype": dtype}
         self.max_side, self.max_steps = max_side, max_steps
         self._loaded: tuple[str, Any] | None = None
+        self._turn = threading.Lock()
         self._jobs: dict[tuple[str | None, str], Job] = {}
 
     @property
@@ -64,15 +66,14 @@ class Studio:
         """Refuse what may not be loaded.
 
         Raises:
-            CommandError: ``name`` is a folder that the page was not started with, or no model.
+            CommandError: ``name`` is none that the page was started with, and no Hub id; it does not tell whether
+                there is such a folder.
         """
-        if name in self.models:
-            return
-        if Path(name).expanduser().exists():
+        if name not in self.models and (not models.is_hub_id(name) or Path(name).exists()):
             raise CommandError(
-                f"the model {name!r} is a folder that this page was not started with; start it with --folder {name}."
+                f"the model {name!r} is none of this page, which has {', '.join(self.models)}; give one of these, or a "
+                "Hub id of the form owner/name. A folder has to be named when the page is started, with --folder."
             )
-        models.check_model(name, "the model")
 
     def load(self, name: str) -> Any:
         """The pipeline called ``name``; the one before it is dropped.
@@ -107,6 +108,14 @@ class Studio:
                 "with a larger --max-steps."
             )
 
+    def check_run(self, pipe: Any, args: Any, size: Size | None) -> None:
+        """Refuse a run of ``pipe`` beyond the limits, with what it takes where ``args`` and ``size`` say nothing.
+
+        Raises:
+            CommandError: names the limit.
+        """
+        self.check_limits(size or models.native_size(pipe), args.steps or models.default_steps(pipe, args.model))
+
     def new_folder(self) -> Path:
         """A folder, not made yet, for the files of one run."""
         return self.output / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -127,8 +136,22 @@ class Studio:
     # ---- jobs
 
     def ask(self, visitor: str | None, tab: str) -> None:
-        """Note that a visitor waits for a job, so that it can be cancelled before it begins."""
-        self._jobs[visitor, tab] = Job()
+        """Note that a visitor waits for a job, so that it can be cancelled before it begins.
+
+        Raises:
+            CommandError: one of the same tab waits or runs already.
+        """
+        if (visitor, tab) in self._jobs:
+            raise CommandError("the run before is not over; wait for it, or cancel it.")
+        self._jobs[visitor, tab] = Job(self._turn)
+
+    def drop(self, visitor: str | None, tab: str) -> bool:
+        """Forget a job that has not begun; whether there was one."""
+        job = self._jobs.get((visitor, tab))
+        if job is None or job.begun:
+            return False
+        del self._jobs[visitor, tab]
+        return True
 
     def cancel(self, visitor: str | None, tab: str) -> bool:
         """Stop a visitor's job, or keep it from beginning; whether it had not begun."""
@@ -141,11 +164,12 @@ class Studio:
         """A visitor has closed the page: stop what runs for them."""
         for asked in [key for key in self._jobs if key[0] == visitor]:
             self.cancel(*asked)
+            self.drop(*asked)
 
     @contextmanager
     def job(self, visitor: str | None, tab: str) -> Iterator[Job]:
         """The job that a visitor waits for."""
-        job = self._jobs.setdefault((visitor, tab), Job())
+        job = self._jobs.setdefault((visitor, tab), Job(self._turn))
         job.begun = True
         try:
             yield job

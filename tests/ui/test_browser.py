@@ -16,7 +16,7 @@ def test_draws_plain_and_with_a_method_side_by_side(visit):
     tab.wait()
     plain, settings = tab.download("plain")
     other, others = tab.download("linfusion")
-    assert (settings["methods"], settings["steps"]) == ({}, 6)
+    assert (settings["methods"], settings["steps"], settings["guidance"]) == ({}, 6, 2.0)
     assert others["methods"].keys() == {"linfusion"}
     assert settings["prompt"] == others["prompt"] and settings["seed"] == others["seed"]
     assert ImageChops.difference(plain.convert("RGB"), other.convert("RGB")).getbbox()
@@ -63,19 +63,50 @@ def test_a_run_is_cancelled_and_so_is_one_that_waits_or_whose_visitor_left(visit
 def test_an_error_is_one_sentence_about_the_field(visit):
     tab = visit("Generate")
     for size, remedy in (
+        ("<b>*1*", "size '<b>*1*'"),
         ("100", "the nearest such size is 96x96"),
         ("512", "limit of 256 pixels"),
         ("wide", "expected"),
     ):
         tab.fill("Size", size)
         tab.click("Draw")
-        status = tab.wait("size" if size != "512" else "the size 512x512")
+        status = tab.wait(
+            "the size 512x512" if size == "512" else f"size {size}x" if size == "100" else f"size {size!r}"
+        )
         assert remedy in status and "--size" not in status and "Traceback" not in status
-    assert tab.page.locator(".toast-body").get_by_text("the nearest such size is 96x96").count()
     tab.fill("Size", "")
     tab.fill("What to draw", "")
     tab.click("Draw")
     tab.wait("'What to draw' is empty")
+
+
+def test_what_is_refused_before_it_begins_is_told_too(visit, tmp_path):
+    tab = visit("High resolution")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    tab.panel.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
+    tab.image("A picture to enlarge; without one, it is drawn").wait_for(state="attached")
+    tab.click("Draw")
+    tab.wait("That was refused")
+    tab = visit("Edit")
+    tab.fill("Change only where", "circle")
+    tab.click("Edit")
+    tab.wait("blend 'circle': expected a word of the source and one of the target")
+
+
+def test_pressed_again_a_run_can_still_be_cancelled(visit):
+    tab = visit("Generate")
+    tab.fill("Size", 128)
+    tab.steps(400)
+    tab.click("Draw")
+    tab.wait("plain: step")
+    tab.click("Draw")
+    tab.page.wait_for_timeout(300)
+    tab.click("Cancel")
+    tab.wait("Cancelled.", 15)
+    tab = visit("Generate")
+    tab.steps(2)
+    tab.click("Draw")
+    tab.wait(seconds=20)  # nothing goes on
 
 
 def test_a_picture_grows_stage_by_stage_and_an_uploaded_one_too(visit, tmp_path):
@@ -100,6 +131,7 @@ def test_a_picture_grows_stage_by_stage_and_an_uploaded_one_too(visit, tmp_path)
 
 def test_edits_a_drawn_example_and_shows_where(visit):
     tab = visit("Edit")
+    tab.panel.get_by_role("button", name="How far").click()
     tab.click("Edit")
     tab.wait("pass")
     tab.wait()
@@ -109,7 +141,7 @@ def test_edits_a_drawn_example_and_shows_where(visit):
     mask, _ = tab.download("Where it could change")
     assert ImageChops.difference(mask.convert("RGB"), edited.convert("RGB")).getbbox()
     assert tab.image("Before and after").is_visible()
-    assert settings["image"].count("/") == 0
+    assert (settings["image"], settings["cross"], settings["self"]) == ("image.png", 0.8, 0.4)
 
 
 def test_another_example_fills_what_it_needs(visit):

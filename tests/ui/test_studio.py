@@ -1,8 +1,10 @@
 """What the page may do, and what it leaves behind."""
 
 import json
+import time
 import urllib.error
 import urllib.request
+from threading import Lock, Thread
 
 import pytest
 
@@ -30,9 +32,9 @@ def test_only_folders_that_it_was_started_with_are_loaded(studio, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")
-    with pytest.raises(CommandError, match="start it with --folder"):
+    with pytest.raises(CommandError, match="none of this page"):
         studio.load(str(folder))
-    with pytest.raises(CommandError, match="was not found"):
+    with pytest.raises(CommandError, match="none of this page"):
         studio.check_model("no such model")
     Studio(tmp_path, folders=[str(folder)]).check_model(str(folder))
 
@@ -106,7 +108,8 @@ def test_the_command_that_is_shown_asks_for_the_same(studio):
 
 
 def test_a_job_has_ended_when_nobody_listens_any_more():
-    job, going = Job(), []
+    turn = Lock()
+    job, going = Job(turn), []
 
     def work():
         while True:
@@ -116,10 +119,47 @@ def test_a_job_has_ended_when_nobody_listens_any_more():
     told = job.run(work)
     assert [next(told), next(told)] == [1, 2]
     told.close()
+    turn.acquire(timeout=10)  # which the work gives back when it has ended
     before = len(going)
+    time.sleep(0.05)
     assert before == len(going)
     with pytest.raises(Cancelled):
         next(job.run(work))  # not begun any more
+
+
+def test_jobs_of_one_turn_do_not_work_at_the_same_time():
+    turn, working, most = Lock(), [], []
+
+    def work():
+        working.append(1)
+        most.append(len(working))
+        time.sleep(0.02)
+        working.pop()
+
+    threads = [Thread(target=lambda: list(Job(turn).run(work))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5
+
+
+def test_a_second_run_waits_for_the_first_to_be_over(studio):
+    studio.ask("visitor", "Edit")
+    with pytest.raises(CommandError, match="not over"):
+        studio.ask("visitor", "Edit")
+    with studio.job("visitor", "Edit"):
+        assert not studio.drop("visitor", "Edit") and not studio.cancel("visitor", "Edit")
+    studio.ask("visitor", "Edit")
+    studio.ask("visitor", "Attention")
+    studio.leave("visitor")
+    studio.ask("visitor", "Edit")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser", "/etc/passwd", "x" * 300, "../..", "file:///etc", "a/b/c"])
+def test_the_model_field_tells_nothing_of_the_disk(studio, name):
+    with pytest.raises(CommandError, match="none of this page"):
+        studio.check_model(name)
 
 
 def test_an_edit_with_an_image_adapter_leaves_the_model_as_it_was(studio):

@@ -28,6 +28,7 @@ from diffusion_attn.ui.studio import Studio
 
 TITLE = "Attention"
 _ALL = "all levels"
+_KEEP = 1800  # seconds, for the maps take memory
 _ARTICLES = ("a", "an", "the")
 
 
@@ -36,6 +37,7 @@ class Recorded:
     """A picture and its maps, which a visitor looks at."""
 
     maps: AttentionMaps
+    words: list[str]
     picture: Image.Image
     folder: Path
     settings: dict[str, Any]
@@ -47,7 +49,7 @@ class Recorded:
 
 def add_tab(studio: Studio, model: Any) -> None:
     """Add the tab; ``model`` is the page's choice of models."""
-    recorded = gr.State(None)
+    recorded = gr.State(None, time_to_live=_KEEP)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(PROMPTS[0], label="What to draw", lines=2)
@@ -65,8 +67,9 @@ def add_tab(studio: Studio, model: Any) -> None:
 
     def draw(job: Job, *values: Any) -> Iterator[dict[Any, Any]]:
         model_, prompt_, *rest = values
+        prompt_ = " ".join(filled(prompt_, "What to draw").split())
         asked = {"model": model_, **options.read(rest, studio)}
-        args = studio.arguments(attention_map, prompt=filled(prompt_, "What to draw"), **asked)
+        args = studio.arguments(attention_map, prompt=prompt_, **asked)
         request = attention_map.read_request(args)
         yield {status: "Loading the model.", command: None, image: None, heat: None, recorded: None}
 
@@ -86,7 +89,7 @@ def add_tab(studio: Studio, model: Any) -> None:
             folder = Path(args.output)
             files.prepare_folder(folder)
             files.save_png(folder / "picture.png", picture, made)
-            seen = Recorded(maps, picture, folder, made)
+            seen = Recorded(maps, request.words, picture, folder, made)
             first = next((word for word in request.words if word.lower() not in _ARTICLES), request.words[0])
             levels = [_ALL, *map(_name, maps.levels)]
             return {
@@ -108,7 +111,8 @@ def add_tab(studio: Studio, model: Any) -> None:
             return None
         one = seen.level(level_)
         which = int(step_) - 1 if step_ and step_ <= one.steps else None
-        path = seen.folder / f"{files.slug(word_)}-{files.slug(level_)}-step{int(step_)}.png"
+        number = seen.words.index(word_)
+        path = seen.folder / f"{number:02d}-{files.slug(word_)}-{files.slug(level_)}-step{int(step_)}.png"
         settings = {**seen.settings, "word": word_, "step": step_ or "all", "level": level_}
         times = max(1, 512 // max(seen.picture.size))  # of a small picture, so that the map on it is smooth
         larger = seen.picture.resize((seen.picture.width * times, seen.picture.height * times))
@@ -116,7 +120,7 @@ def add_tab(studio: Studio, model: Any) -> None:
         return str(path)
 
     for choice in (word, step, level):
-        choice.change(
+        choice.input(
             show, [recorded, word, step, level], heat, queue=False, api_visibility="private", show_progress="hidden"
         )
     connect(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffusion_attn.cli import edit, files, oracle
+from diffusion_attn.cli.quiet import silence
 from diffusion_attn.shapes.edits import SceneEdit, scene_edits
 from diffusion_attn.ui.jobs import Job
 from diffusion_attn.ui.parts import (
@@ -21,6 +22,8 @@ from diffusion_attn.ui.parts import (
     command_line_box,
     connect,
     filled,
+    number,
+    number_field,
     run_and_cancel,
     shown_picture,
     words_of,
@@ -28,7 +31,7 @@ from diffusion_attn.ui.parts import (
 from diffusion_attn.ui.studio import Studio
 
 TITLE = "Edit"
-_PICTURE, _SOURCE, _TARGET = "Picture", "What the picture shows", "What it is to show"
+_PICTURE, _SOURCE, _TARGET = "Picture, cut to the size below", "What the picture shows", "What it is to show"
 _METHODS = {
     "direct": "direct: quick, keeps the rest of the picture best",
     "p2p": "p2p: plain inversion, drifts",
@@ -47,7 +50,6 @@ def add_tab(studio: Studio, model: Any) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             picture = gr.Image(
-                lambda: _drawn(_EXAMPLES[0]),
                 type="filepath",
                 format="png",
                 label=_PICTURE,
@@ -75,10 +77,10 @@ def add_tab(studio: Studio, model: Any) -> None:
             with gr.Accordion("How far", open=False):
                 weights = gr.Textbox("", label="Weights of words", info="such as large=2 red=0.5")
                 with gr.Row():
-                    empty = "empty: the method's own"
-                    cross = gr.Number(None, label="Words follow", info=f"0 to 1, {empty}", minimum=0, maximum=1)
-                    self_ = gr.Number(None, label="Layout follows", info=f"0 to 1, {empty}", minimum=0, maximum=1)
+                    cross = number_field("Words follow for", "a share of the steps; the method's own")
+                    self_ = number_field("Layout follows for", "a share of the steps; the method's own")
             options = RunOptions(new_seeds=False)
+            options.seed.visible = False
         with gr.Column(scale=3, min_width=300):
             buttons = run_and_cancel("Edit")
             slider = gr.ImageSlider(
@@ -94,15 +96,17 @@ def add_tab(studio: Studio, model: Any) -> None:
         drawn = next(turn)
         return _drawn(drawn), *drawn.prompts, _blend(drawn), " ".join(dict.fromkeys(drawn.words))
 
-    def choose(name: str, text: str, known: str) -> tuple[Any, Any]:
+    def choose(name: str, text: str, known: str) -> tuple[Any, Any, Any]:
         # Nouns are the last words of what a caption names; a visitor corrects them for other prompts.
         guess = known or (text.split() or [""])[-1]
-        return gr.Textbox(guess, visible=name == "dpl"), gr.Image(visible=name == "vimaedit")
+        direct = name == "vimaedit"  # which draws noise of its own, and takes a mask
+        return gr.Textbox(guess, visible=name == "dpl"), gr.Image(visible=direct), gr.Number(visible=direct)
 
+    gr.on(None, lambda: _drawn(_EXAMPLES[0]), None, picture, api_visibility="private", show_progress="hidden")
     quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
     next(turn)
     example.click(draw_example, None, [picture, source, target, blend, words], **quick)
-    method.change(choose, [method, source, words], [words, mask], **quick)
+    method.change(choose, [method, source, words], [words, mask, options.seed], **quick)
 
     def run(job: Job, *values: Any) -> Iterator[dict[Any, Any]]:
         model_, picture_, source_, target_, method_, words_, mask_, blend_, weights_, cross_, own, *rest = values
@@ -115,20 +119,25 @@ def add_tab(studio: Studio, model: Any) -> None:
             "mask": mask_ if method_ == "vimaedit" else None,
             "blend": words_of(blend_),
             "weights": words_of(weights_),
-            "cross": cross_,
-            "self": own,
+            "cross": number(cross_, "Words follow for"),
+            "self": number(own, "Layout follows for"),
             **options.read(rest, studio),
         }
         args = studio.arguments(edit, image=filled(picture_, _PICTURE), **asked)
         request = edit.read_request(args)
-        args.image = Path(picture_).name  # which is all that a picture's settings have to tell
+        # Names are all that a picture's settings have to tell.
+        args.image = Path(picture_).name
+        if args.mask:
+            args.mask = asked["mask"] = Path(args.mask).name
         yield {status: "Loading the model.", command: None, slider: None, result: None, overlay: None, verdict: ""}
 
         def work() -> dict[Any, Any]:
             pipe = studio.load(model_)
             passes = itertools.count(1)
             with job.watching(pipe, lambda: job.tell({status: f"pass {next(passes)} of the model"})):
-                edited = edit.perform(pipe, request)
+                studio.check_run(pipe, args, request.size)
+                with silence():
+                    edited = edit.perform(pipe, request)
             folder = Path(args.output)
             files.prepare_folder(folder)
             before_path = folder / "before.png"

@@ -82,6 +82,7 @@ def add_tab(studio: Studio, model: Any) -> None:
             with job.watching(pipe):
                 if picture_:
                     files.prepare_folder(Path(request.args.output))
+                    studio.check_run(pipe, request.args, request.sizes[0])
                     [(path, record, _)] = upscale.enlarge(pipe, request, **watch.call(pipe))
                 else:
                     made = generate.prepare(request, pipe)
@@ -136,6 +137,8 @@ class _Watch:
 
 
 def _words(record: dict[str, Any]) -> str:
-    lines = [f"{sum(stage['seconds'] for stage in record['stages']):.1f} s in {len(record['stages'])} stages"]
+    count = len(record["stages"])
+    seconds = sum(stage["seconds"] for stage in record["stages"])
+    lines = [f"{seconds:.1f} s in {count} stage{'s' if count > 1 else ''}"]
     judged = record["oracle"]
     return "  \n".join([*lines, *([oracle.in_words(judged["judgement"])] if judged else [])])
