@@ -69,7 +69,7 @@ class Studio:
             CommandError: ``name`` is none that the page was started with, and no Hub id; it does not tell whether
                 there is such a folder.
         """
-        if name not in self.models and (not models.is_hub_id(name) or Path(name).exists()):
+        if name not in self.models and (not models.is_hub_id(str(name)) or Path(name).exists()):
             raise CommandError(
                 f"the model {name!r} is none of this page, which has {', '.join(self.models)}; give one of these, or a "
                 "Hub id of the form owner/name. A folder has to be named when the page is started, with --folder."
