@@ -204,15 +204,15 @@ def connect(
         return status_line("Waiting for its turn.")
 
     def told(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        with studio.job(request.session_hash, tab) as job:
-            try:
+        try:
+            with studio.job(request.session_hash, tab) as job:
                 for update in handler(job, *values):
                     yield {**update, status: status_line(update[status])} if status in update else update
                 yield {status: status_line(" ".join(["Done.", *job.notes]))}
-            except Cancelled:
-                yield {status: status_line(CANCELLED)}
-            except Exception as error:
-                yield {status: status_line(tell(error), wrong=True)}
+        except Cancelled:
+            yield {status: status_line(CANCELLED)}
+        except Exception as error:
+            yield {status: status_line(tell(error), wrong=True)}
 
     def refused(request: gr.Request) -> Any:
         """Where it fails before `told` is called: gradio could not read a picture or a value, or its queue is full."""

@@ -20,7 +20,7 @@ from diffusion_attn.cli.models import Size
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import pick_device, pick_dtype
 from diffusion_attn.shapes.models import available
-from diffusion_attn.ui.jobs import Job
+from diffusion_attn.ui.jobs import Cancelled, Job
 
 
 def is_given(value: Any) -> bool:
@@ -168,8 +168,14 @@ class Studio:
 
     @contextmanager
     def job(self, visitor: str | None, tab: str) -> Iterator[Job]:
-        """The job that a visitor waits for."""
-        job = self._jobs.setdefault((visitor, tab), Job(self._turn))
+        """The job that a visitor waits for.
+
+        Raises:
+            Cancelled: nobody does, since the visitor has left.
+        """
+        job = self._jobs.get((visitor, tab))
+        if job is None:
+            raise Cancelled
         job.begun = True
         try:
             yield job

@@ -153,6 +153,8 @@ def test_a_second_run_waits_for_the_first_to_be_over(studio):
     studio.ask("visitor", "Edit")
     studio.ask("visitor", "Attention")
     studio.leave("visitor")
+    with pytest.raises(Cancelled), studio.job("visitor", "Edit"):
+        pass
     studio.ask("visitor", "Edit")
 
 
