@@ -38,6 +38,7 @@ def take(browser, address, name, width=1280, height=900):
     page.goto(address)
     page.get_by_role("tab", name="Generate").wait_for()
     tab = Tab(page, name)
+    page.wait_for_timeout(1000)  # for the first example
     prepare(tab, name)
     tab.click(TABS[name])
     tab.wait(seconds=600)

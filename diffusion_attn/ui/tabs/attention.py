@@ -119,10 +119,10 @@ def add_tab(studio: Studio, model: Any) -> None:
         files.save_png(path, one.heatmap(word_, step=which, over=larger), settings)
         return str(path)
 
+    # One after the other, since equal files of two would be copied to one place while the first is read.
+    quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     for choice in (word, step, level):
-        choice.input(
-            show, [recorded, word, step, level], heat, queue=False, api_visibility="private", show_progress="hidden"
-        )
+        choice.input(show, [recorded, word, step, level], heat, concurrency_id="maps", concurrency_limit=1, **quick)
     connect(
         studio,
         TITLE,
