@@ -10,12 +10,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from diffusion_attn.cli import models
 from diffusion_attn.cli.models import Size
 from diffusion_attn.pipelines.autoencoder import decode
 from diffusion_attn.pipelines.pictures import to_picture
 
 _LARGEST = 64  # latent cells a side: a preview costs little, however large the picture
 _SHARE = 4  # of the time, one part for previews
+
+
+def by_step(pipe: Any, callback: Callable[..., Any]) -> dict[str, Any]:
+    """The argument of a call of ``pipe`` that has ``callback`` called after each step, where it takes one."""
+    return {"callback_on_step_end": callback} if "callback_on_step_end" in models.parameters_of(pipe) else {}
 
 
 class Previews:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from diffusion_attn.cli import attention_map, files, models
+from diffusion_attn.cli import attention_map, files
 from diffusion_attn.editing import AttentionMaps
 from diffusion_attn.ui.jobs import Job
 from diffusion_attn.ui.parts import (
@@ -23,7 +23,7 @@ from diffusion_attn.ui.parts import (
     run_and_cancel,
     shown_picture,
 )
-from diffusion_attn.ui.previews import Previews
+from diffusion_attn.ui.previews import Previews, by_step
 from diffusion_attn.ui.studio import Studio
 
 TITLE = "Attention"
@@ -81,11 +81,9 @@ def add_tab(studio: Studio, model: Any) -> None:
             def tell(done: int, picture: Any) -> None:
                 job.tell({status: f"step {done} of {made['steps']}", **({image: picture} if picture else {})})
 
-            call = {}
-            if "callback_on_step_end" in models.parameters_of(pipe):
-                call["callback_on_step_end"] = Previews(tuple(made["size"]), tell)
+            watch = by_step(pipe, Previews(tuple(made["size"]), tell))
             with job.watching(pipe):
-                picture, maps = attention_map.draw(pipe, request, made, levels=True, **call)
+                picture, maps = attention_map.draw(pipe, request, made, levels=True, **watch)
             folder = Path(args.output)
             files.prepare_folder(folder)
             files.save_png(folder / "picture.png", picture, made)

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_attn.cli import comparison, generate, models
+from diffusion_attn.cli import comparison, generate
 from diffusion_attn.cli.request import read_request
 from diffusion_attn.ui.jobs import Job
 from diffusion_attn.ui.options import MethodChooser
@@ -21,7 +21,7 @@ from diffusion_attn.ui.parts import (
     run_and_cancel,
     shown_picture,
 )
-from diffusion_attn.ui.previews import Previews
+from diffusion_attn.ui.previews import Previews, by_step
 from diffusion_attn.ui.studio import Studio
 
 TITLE = "Generate"
@@ -85,11 +85,9 @@ def add_tab(studio: Studio, model: Any) -> None:
                         text = f"{name}: step {done} of {made.settings['steps']}"
                         job.tell({status: text, **({image: picture} if picture else {})})
 
-                    call: dict[str, Any] = {}
-                    if "callback_on_step_end" in models.parameters_of(pipe):
-                        call["callback_on_step_end"] = Previews(made.size, tell)
                     [(text, number)] = request.pictures
-                    _, record = generate.draw(made, methods, 0, text, number, **call)
+                    watch = by_step(pipe, Previews(made.size, tell))
+                    _, record = generate.draw(made, methods, 0, text, number, **watch)
                     last = {
                         image: gr.Image(str(request.output / record["file"]), label=name),
                         words: "  \n".join(comparison.label(record)),

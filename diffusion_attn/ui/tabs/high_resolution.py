@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_attn.cli import files, generate, ladder, models, oracle, upscale
+from diffusion_attn.cli import files, generate, ladder, oracle, upscale
 from diffusion_attn.cli.request import read_request
 from diffusion_attn.ui.jobs import Job
 from diffusion_attn.ui.options import MethodChooser
@@ -22,6 +22,7 @@ from diffusion_attn.ui.parts import (
     run_and_cancel,
     shown_picture,
 )
+from diffusion_attn.ui.previews import by_step
 from diffusion_attn.ui.studio import Studio
 
 TITLE = "High resolution"
@@ -120,8 +121,7 @@ class _Watch:
 
     def call(self, pipe: Any) -> dict[str, Any]:
         """The arguments of the run that let it be watched."""
-        by_step = "callback_on_step_end" in models.parameters_of(pipe)
-        return {"callback_on_stage_end": self.stage, **({"callback_on_step_end": self.step} if by_step else {})}
+        return {"callback_on_stage_end": self.stage, **by_step(pipe, self.step)}
 
     def step(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         self.steps += 1
