@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def run(args: Any) -> int:
             raise CommandError(
                 f"--folder {folder!r} is no diffusers pipeline; give folders that save_pretrained wrote."
             )
+    _check_address(args.host, args.port)
     output = Path(args.output).expanduser()
     files.prepare_folder(output)
     with silence():
@@ -54,8 +56,19 @@ def run(args: Any) -> int:
         studio = Studio(output, args.folder, args.device, args.dtype, args.max_side, args.max_steps)
 
         from diffusion_attn.ui.page import launch  # loads all the rest
-    try:
-        launch(studio, args.host, args.port, share=args.share, inbrowser=not args.no_browser, quiet=args.quiet)
-    except OSError as error:
-        raise CommandError(f"--host {args.host} --port {args.port}: {error}") from error
+    launch(studio, args.host, args.port, share=args.share, inbrowser=not args.no_browser, quiet=args.quiet)
     return 0
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Refuse an address before anything is loaded, where gradio would try a hundred ports.
+
+    Raises:
+        CommandError: nothing can listen there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, OverflowError) as error:
+        where = f"--host {host}" + (f" --port {port}" if port else "")
+        raise CommandError(f"{where}: the page cannot be there ({error}); give another, or leave them out.") from error

@@ -193,6 +193,8 @@ def test_an_edit_with_an_image_adapter_leaves_the_model_as_it_was(studio):
         (["--folder", "/nowhere"], "--folder '/nowhere' is no diffusers pipeline"),
         (["--max-steps", "0"], "--max-steps 0"),
         (["--device", "teapot"], "--device 'teapot'"),
+        (["--port", "99999"], "--host 127.0.0.1 --port 99999: the page cannot be there"),
+        (["--host", "192.0.2.1"], "--host 192.0.2.1: the page cannot be there"),
     ],
 )
 def test_wrong_starts_are_one_sentence(tmp_path, capsys, given, said):
