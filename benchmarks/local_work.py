@@ -82,7 +82,7 @@ def visited_pairs(name: str, case: Case) -> int:
     if case.disc.covers or (name == TILES and window_of(case.disc) == case.grid):
         return text + case.tokens * (case.tokens + seen)
     if name == TILES:
-        groups, _ = plan_tiles(case.disc, torch.device("cpu"))
+        groups, *_ = plan_tiles(case.disc, torch.device("cpu"))
         return text + sum(group.queries.numel() * (seen + len(group.offsets)) for group in groups)
     return text + sum(blocks_per_query(case.disc, seen)) * math.prod(TILE) ** 2
 

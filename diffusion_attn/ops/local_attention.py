@@ -60,22 +60,25 @@ def local_attention(
     if disc.covers and pooled_key is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
-    image_k, image_v = k[:, :, text_tokens:], v[:, :, text_tokens:]
-    seen_k, seen_v = k[:, :, :text_tokens], v[:, :, :text_tokens]
+    image_q, keys, values = q[:, :, text_tokens:], k, v
     if pooled_key is not None and pooled_value is not None:
-        seen_k, seen_v = torch.cat([seen_k, pooled_key], dim=2), torch.cat([seen_v, pooled_value], dim=2)
-    image_q = q[:, :, text_tokens:]
+        keys, values = torch.cat([pooled_key, k], dim=2), torch.cat([pooled_value, v], dim=2)
+    seen = keys.shape[2] - image_q.shape[2]
     chosen = choose_backend(q) if backend == "auto" else backend
     if disc.covers:
-        image = _attend_dense(image_q, image_k, image_v, seen_k, seen_v, disc, scale)
+        image = F.scaled_dot_product_attention(image_q, keys, values, scale=scale)
     elif chosen == "flex":
-        image = attend_flex(image_q, image_k, image_v, seen_k, seen_v, disc, scale, tiled)
+        image = attend_flex(image_q, keys, values, seen, disc, scale, tiled)
     else:
         order = tile_order(disc.grid, q.device) if tiled else None
-        place = None if order is None else order.argsort()
-        image_q, image_k, image_v = (take_tokens(x, place) for x in (image_q, image_k, image_v))
+        if order is not None:
+            place = order.argsort()
+            image_q, keys, values = (
+                torch.cat([x[:, :, :count], x[:, :, count:].index_select(2, place)], dim=2)
+                for x, count in ((image_q, 0), (keys, seen), (values, seen))
+            )
         attend = _attend_dense if chosen == "reference" else attend_tiles
-        image = take_tokens(attend(image_q, image_k, image_v, seen_k, seen_v, disc, scale), order)
+        image = take_tokens(attend(image_q, keys, values, seen, disc, scale), order)
     if not text_tokens:
         return image
     text = F.scaled_dot_product_attention(q[:, :, :text_tokens], k, v, scale=scale)
@@ -83,18 +86,11 @@ def local_attention(
 
 
 def _attend_dense(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seen_k: torch.Tensor,
-    seen_v: torch.Tensor,
-    disc: Disc,
-    scale: float | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: int, disc: Disc, scale: float | None
 ) -> torch.Tensor:
     """Image queries over ``seen`` keys and the disc's, under a mask of all pairs."""
-    mask = None if disc.covers else F.pad(disc.mask(q.device), (seen_k.shape[2], 0), value=True)
-    keys, values = torch.cat([seen_k, k], dim=2), torch.cat([seen_v, v], dim=2)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    mask = F.pad(disc.mask(q.device), (seen, 0), value=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def choose_backend(q: torch.Tensor) -> Backend:

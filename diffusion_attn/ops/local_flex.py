@@ -38,8 +38,7 @@ def attend_flex(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    seen_k: torch.Tensor,
-    seen_v: torch.Tensor,
+    seen: int,
     disc: Disc,
     scale: float | None = None,
     tiled: bool = False,
@@ -47,11 +46,12 @@ def attend_flex(
     """Attention of image queries over keys that all of them see, and over the image keys of their disc.
 
     Args:
-        q, k, v: ``(batch, heads, height * width, head_dim)`` in raster order, or in `tile_order`.
-        seen_k, seen_v: ``(batch, heads, seen, head_dim)``.
+        q: ``(batch, heads, height * width, head_dim)`` in raster order, or in `tile_order`.
+        k, v: ``(batch, heads, seen + height * width, head_dim)``: what all see, then the image's in the order of ``q``.
+        seen: how many keys all see.
         disc: the rule.
         scale: of the scores; by default ``head_dim ** -0.5``.
-        tiled: the tokens come in `tile_order`.
+        tiled: the image tokens come in `tile_order`.
 
     Returns:
         As ``q``.
@@ -61,10 +61,11 @@ def attend_flex(
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("backend='flex' has no gradients on a CPU; use backend='tiles', which does the same.")
-    layout = plan_blocks(disc, seen_k.shape[2], q.device, tiled)
-    fill = (0, 0, 0, layout.seen - seen_k.shape[2])
-    keys = torch.cat([take_tokens(k, layout.order), F.pad(seen_k, fill)], dim=2)
-    values = torch.cat([take_tokens(v, layout.order), F.pad(seen_v, fill)], dim=2)
+    layout = plan_blocks(disc, seen, q.device, tiled)
+    fill = (0, 0, 0, layout.seen - seen)
+    keys, values = (
+        torch.cat([take_tokens(x[:, :, seen:], layout.order), F.pad(x[:, :, :seen], fill)], dim=2) for x in (k, v)
+    )
     return take_tokens(_compiled()(take_tokens(q, layout.order), keys, values, layout.mask, scale), layout.place)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from diffusion_attn.ops.local_rule import TILE, Disc
+from diffusion_attn.ops.local_rule import Disc
+
+TILE = (12, 16)
+"""Rows and columns of the queries of one tile. From 192 queries on, torch's attention on CPUs takes 64 of them at a
+time, else 32; larger tiles have more keys that most of their queries do not see."""
 
 _ROWS_AT_ONCE = 1024
 """Queries of one call where windows are the whole grid."""
 
-_ELEMENTS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
-"""Most numbers of gathered keys: on a CPU what a few tiles have, so that they stay in its cache."""
+_ELEMENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**28}
+"""Most numbers of gathered keys: on a CPU what a tile or two have, so that they stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,10 @@ class Tiles:
 @torch.compiler.disable
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # or no gradient could ever pass through a plan that was made inside it
-def plan_tiles(disc: Disc, device: torch.device, tile: tuple[int, int] = TILE) -> tuple[list[Tiles], torch.Tensor]:
-    """The tiles of a grid, and ``(tokens,)`` where each token of the grid is in their order."""
+def plan_tiles(
+    disc: Disc, device: torch.device, tile: tuple[int, int] = TILE
+) -> tuple[list[Tiles], torch.Tensor, torch.Tensor]:
+    """The tiles of a grid, ``(tokens,)`` their queries in order, and ``(tokens,)`` where each token is among these."""
     (height, width), reach = disc.grid, disc.radius - 1
     window = window_of(disc, tile)
     alike: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
@@ -66,7 +73,7 @@ def plan_tiles(disc: Disc, device: torch.device, tile: tuple[int, int] = TILE) -
         )
         for group in groups
     ]
-    return moved, place.to(device)
+    return moved, order.to(device), place.to(device)
 
 
 def _group(disc: Disc, key: tuple[int, ...], places: list[tuple[int, int]], window: tuple[int, ...]) -> Tiles:
@@ -91,19 +98,14 @@ def _lattice(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def attend_tiles(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seen_k: torch.Tensor,
-    seen_v: torch.Tensor,
-    disc: Disc,
-    scale: float | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: int, disc: Disc, scale: float | None = None
 ) -> torch.Tensor:
     """Attention of image queries over keys that all of them see, and over the image keys of their disc.
 
     Args:
-        q, k, v: ``(batch, heads, height * width, head_dim)`` in raster order.
-        seen_k, seen_v: ``(batch, heads, seen, head_dim)``.
+        q: ``(batch, heads, height * width, head_dim)`` in raster order.
+        k, v: ``(batch, heads, seen + height * width, head_dim)``: what all see, then the image's in raster order.
+        seen: how many keys all see.
         disc: the rule.
         scale: of the scores; by default ``head_dim ** -0.5``.
 
@@ -112,20 +114,26 @@ def attend_tiles(
     """
     attend = _attend_recomputed if torch.is_grad_enabled() else _attend
     if window_of(disc) == disc.grid:
-        keys, values = torch.cat([seen_k, k], dim=2), torch.cat([seen_v, v], dim=2)
         rows = torch.arange(q.shape[2], device=q.device).split(_ROWS_AT_ONCE)
-        return torch.cat([attend(_rows, q, keys, values, index, disc, scale) for index in rows], dim=2)
-    groups, place = plan_tiles(disc, q.device)
-    batch, heads, _, dim = q.shape
+        return torch.cat([attend(_rows, q, k, v, index, disc, scale) for index in rows], dim=2)
+    groups, order, place = plan_tiles(disc, q.device)
+    q, k, v = q.index_select(2, order), k.contiguous(), v.contiguous()
     budget = _ELEMENTS_AT_ONCE.get(q.device.type, _ELEMENTS_AT_ONCE["cpu"])
-    parts = []
+    if torch.is_grad_enabled():
+        budget *= 4  # each call's backward pass makes a gradient of all keys
+    parts, start = [], 0
     for group in groups:
-        seen = seen_k.shape[2]
-        mask = None if group.mask is None else F.pad(group.mask, (seen, 0), value=True)
-        count = max(1, budget // (batch * heads * dim * (seen + len(group.offsets))))
-        for queries, starts in zip(group.queries.split(count), group.starts.split(count), strict=True):
-            keys = starts[:, None] + group.offsets
-            parts.append(attend(_tiles, q, k, v, seen_k, seen_v, queries, keys, mask, scale))
+        offsets = F.pad(group.offsets + seen, (seen, 0))
+        bias = None if group.mask is None else F.pad(group.mask, (seen, 0), value=True)
+        if bias is not None and not torch.is_grad_enabled():  # else it would be kept, at four times the size
+            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -math.inf)  # once for several calls
+        count = max(1, budget // (k[:, :, 0].numel() * len(offsets)))
+        for starts in group.starts.split(count):
+            keys = starts[:, None] + offsets
+            keys[:, :seen] = torch.arange(seen, device=q.device)
+            end = start + len(starts) * group.queries.shape[1]
+            parts.append(attend(_tiles, q[:, :, start:end], k, v, keys, bias, scale))
+            start = end
     return torch.cat(parts, dim=2).index_select(2, place)
 
 
@@ -142,28 +150,25 @@ def _tiles(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    seen_k: torch.Tensor,
-    seen_v: torch.Tensor,
-    queries: torch.Tensor,
     keys: torch.Tensor,
-    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """A few tiles: ``queries`` and ``keys`` are ``(tiles, tokens)`` positions."""
-    out = F.scaled_dot_product_attention(
-        _gather(q, queries), _around(k, keys, seen_k), _around(v, keys, seen_v), attn_mask=mask, scale=scale
-    )
-    return out.unflatten(0, q.shape[:2]).flatten(2, 3)
+    """The queries of a few tiles, one after the other; ``keys``, ``(tiles, tokens)``, are the positions in ``k``."""
+    tiled = q.unflatten(2, (len(keys), -1)).flatten(0, 1)
+    out = F.scaled_dot_product_attention(tiled, _gather(k, keys), _gather(v, keys), attn_mask=bias, scale=scale)
+    return out.flatten(1, 2).unflatten(0, q.shape[:2])
 
 
 def _rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor, disc: Disc, scale: float | None
 ) -> torch.Tensor:
     """Queries ``index`` where every tile's window is the whole grid: nothing to gather, and a mask of their own."""
-    width, tokens = disc.grid[1], disc.grid[0] * disc.grid[1]
-    key = torch.arange(tokens, device=q.device)
-    mask = disc.sees(index[:, None] // width - key // width, index[:, None] % width - key % width)
-    mask = F.pad(mask, (k.shape[2] - tokens, 0), value=True)
+    height, width = disc.grid
+    dy = index[:, None] // width - torch.arange(height, device=q.device)
+    dx = index[:, None] % width - torch.arange(width, device=q.device)
+    mask = disc.sees(dy[:, :, None].int(), dx[:, None, :].int()).flatten(1)
+    mask = F.pad(mask, (k.shape[2] - height * width, 0), value=True)
     return F.scaled_dot_product_attention(q[:, :, index], k, v, attn_mask=mask, scale=scale)
 
 
@@ -174,14 +179,10 @@ def window_of(disc: Disc, tile: tuple[int, int] = TILE) -> tuple[int, int]:
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``(batch * heads, tiles, tokens, head_dim)`` of the tokens ``index``, ``(tiles, tokens)``."""
-    return x.index_select(2, index.flatten()).unflatten(2, index.shape).flatten(0, 1)
+    """``(batch * heads, tiles, tokens, head_dim)`` of the tokens ``index``, ``(tiles, tokens)``.
 
-
-def _around(x: torch.Tensor, index: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """`_gather`, with the tokens that all tiles see before each tile's own."""
-    gathered = _gather(x, index)
-    if not seen.shape[2]:
-        return gathered
-    shared = seen.flatten(0, 1)[:, None].expand(-1, len(index), -1, -1)
-    return torch.cat([shared, gathered], dim=2)
+    Rows of a matrix are copied about twice as fast as slices of the third dimension.
+    """
+    first = torch.arange(0, x[..., 0].numel(), x.shape[2], device=x.device)
+    rows = first[:, None, None] + index
+    return x.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, rows.shape)
