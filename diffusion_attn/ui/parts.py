@@ -123,7 +123,7 @@ def words_of(text: str | None) -> list[str]:
 
 def command_line(command: str, positional: Sequence[str], options: Mapping[str, Any]) -> str:
     """What is typed in a terminal for what was asked for on the page; options that are empty are left out."""
-    words = ["diffusion-attn", command, *positional]
+    words: list[str] = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
@@ -131,9 +131,14 @@ def command_line(command: str, positional: Sequence[str], options: Mapping[str, 
         elif isinstance(value, Mapping):
             for option, each in value.items():
                 words += [f"{flag}.{option}", str(each).lower() if isinstance(each, bool) else str(each)]
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)] if value else []
         elif is_given(value):
-            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return shlex.join(words)
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    # Words that begin with a dash are options to a parser, except after two dashes.
+    dashed = any(word.startswith("-") for word in positional)
+    words = [*words, "--", *positional] if dashed else [*positional, *words]
+    return shlex.join(["diffusion-attn", command, *words])
 
 
 def command_line_box() -> Any:

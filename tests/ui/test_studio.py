@@ -1,6 +1,7 @@
 """What the page may do, and what it leaves behind."""
 
 import json
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ import torch
 
 from diffusion_attn.cli import edit, generate
 from diffusion_attn.cli.errors import CommandError
-from diffusion_attn.cli.main import main
+from diffusion_attn.cli.main import main, parse
 from diffusion_attn.methods import METHODS
 from diffusion_attn.ui.jobs import Cancelled, Job
 from diffusion_attn.ui.options import MethodChooser
@@ -105,6 +106,13 @@ def test_the_command_that_is_shown_asks_for_the_same(studio):
     )
     args = studio.arguments(generate, prompt=["a red star's ring"], **asked)
     assert (args.seed, args.guidance, args.hidiffusion.window_attention) == (3, 0.0, False)
+
+
+def test_what_begins_with_a_dash_is_no_option_in_the_command_that_is_shown():
+    asked = {"model": "shapes-sd", "words": ["ring"], "output": "-folder", "steps": 2}
+    line = command_line("attention-map", ["-3 degrees"], asked)
+    args = parse(shlex.split(line)[1:])[1]["attention-map"]
+    assert (args.prompt, args.words, args.output, args.steps) == ("-3 degrees", ["ring"], "-folder", 2)
 
 
 def test_a_job_has_ended_when_nobody_listens_any_more():
