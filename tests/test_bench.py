@@ -219,6 +219,30 @@ def test_a_method_that_is_named_has_to_serve(model, tmp_path, capsys):
     assert "--methods 'all' is not a method" in capsys.readouterr().err
 
 
+def test_options_of_methods_stay_with_their_rows(model, tmp_path, capsys):
+    whole, half = tmp_path / "default", tmp_path / "given"
+    assert bench(model, whole) == 0 and bench(model, half, "--token_merging.ratio", "0.25") == 0
+    plain, given = (json.loads((folder / f"{name_of('tiny')}.json").read_text()) for folder in (whole, half))
+    assert (plain["settings"]["options"], given["settings"]["options"]) == ({}, {"token_merging": {"ratio": 0.25}})
+    assert (
+        "--token_merging.ratio 0.25" in given["commands"][0] and "token_merging: ratio 0.25" in capsys.readouterr().out
+    )
+    for before, after in zip(plain["rows"], given["rows"], strict=True):
+        fewer = before["flops_per_step"] < after["flops_per_step"]
+        assert fewer == (before["method"] == "token_merging")
+
+    assert bench(model, half) == 2
+    assert "holds rows of 'token_merging' with other options" in capsys.readouterr().err
+    assert bench(model, half, methods=["low_memory"]) == 0  # whose rows are not there
+    assert json.loads((half / f"{name_of('tiny')}.json").read_text())["settings"] == given["settings"]
+    assert bench(model, half, "--hidiffusion.window_attention", "false") == 2
+    assert "not enabled; add --methods hidiffusion" in capsys.readouterr().err
+    assert bench(model, half, "--token_merging.ratio", "2") == 2
+    assert "options of --methods token_merging: ratio=2" in capsys.readouterr().err
+    assert bench(model, half, "--weights", "none") == 2
+    assert "give exactly one of --methods" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_result_is_not_overwritten(tmp_path, capsys):
     path = tmp_path / f"{name_of('shapes-sd')}.json"
     path.write_text("[]")

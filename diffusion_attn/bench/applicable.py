@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from diffusion_attn.core.enable import using
@@ -11,26 +11,32 @@ from diffusion_attn.core.method import Method
 from diffusion_attn.methods import METHODS
 
 
-def applicable_methods(pipe: Any, names: Iterable[str] = tuple(METHODS)) -> tuple[dict[str, Method], dict[str, str]]:
-    """The methods that serve a pipeline, with their default options, and why others do not.
-
-    Methods with weights get those that belong to the model: embedded ones, or published ones, which are downloaded.
+def applicable_methods(
+    pipe: Any, methods: Iterable[str] | Mapping[str, Method | Callable[[Any], Method]] = tuple(METHODS)
+) -> tuple[dict[str, Method], dict[str, str]]:
+    """The methods that serve a pipeline, and why others do not.
 
     Args:
         pipe: a diffusers pipeline; it is left as it is.
-        names: of the registry.
+        methods: names of the registry, for the default options and, where a method has weights, those that belong to
+            the model: embedded ones, or published ones, which are downloaded. Or methods by name, or functions that
+            make them of the pipeline.
 
     Returns:
         Methods by name, and a line about each that does not serve.
     """
+    makers = methods if isinstance(methods, Mapping) else {name: _by_default(METHODS[name]) for name in methods}
     serving: dict[str, Method] = {}
     others: dict[str, str] = {}
-    for name in names:
-        kind: Any = METHODS[name]
+    for name, maker in makers.items():
         try:
-            method = kind.for_pipeline(pipe) if hasattr(kind, "for_pipeline") else kind()
+            method = maker if isinstance(maker, Method) else maker(pipe)
             with using(pipe, method):
                 serving[name] = method
         except DiffusionAttnError as error:
             others[name] = " ".join(str(error).split())
     return serving, others
+
+
+def _by_default(kind: Any) -> Callable[[Any], Method]:
+    return kind.for_pipeline if hasattr(kind, "for_pipeline") else lambda pipe: kind()

@@ -40,12 +40,20 @@ def bench_table(result: Mapping[str, Any]) -> str:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What has to be said of a table, in lines: which clock was read, and what has no row."""
+    """What has to be said of a table, in lines: which clock was read, options that are not default, what has no row."""
     clocks = {
         "thread": "Seconds count while the one thread that computes ran, whatever else the machine did.",
         "wall": "Seconds are of the wall clock.",
     }
-    return [clocks[result["settings"]["clock"]], *(f"{name}: {text}" for name, text in result["skipped"].items())]
+    given = [
+        f"{name}: {', '.join(f'{option} {value}' for option, value in options.items())}"
+        for name, options in result["settings"].get("options", {}).items()
+    ]
+    return [
+        clocks[result["settings"]["clock"]],
+        *given,
+        *(f"{name}: {text}" for name, text in result["skipped"].items()),
+    ]
 
 
 def _or_dash(value: float | None, form: str) -> str:

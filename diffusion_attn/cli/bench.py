@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,16 @@ from tqdm import tqdm
 
 from diffusion_attn.cli import files, models
 from diffusion_attn.cli.errors import CommandError
-from diffusion_attn.cli.method_options import check_names
+from diffusion_attn.cli.method_options import (
+    add_method_options,
+    build_methods,
+    check_names,
+    given_options,
+    with_weights,
+)
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import add_model_arguments, check_numbers, parse_size, pick_device, pick_dtype
+from diffusion_attn.core.method import Method
 from diffusion_attn.core.reading import read_json
 from diffusion_attn.methods import METHODS
 from diffusion_attn.metrics.machine import device_slug
@@ -35,6 +43,7 @@ def add_arguments(parser: Any) -> None:
     add = parser.add_argument
     add_model_arguments(parser)
     add("--methods", nargs="+", default=[_ALL], metavar="NAME", help=f"{', '.join(METHODS)}, or {_ALL} that serve")
+    add_method_options(parser, "--methods")
     add("--sizes", nargs="+", metavar="N|WxH", help="pixels, 128 or 192x128; by default the native size and its double")
     add("--prompts", nargs="+", metavar="PROMPT", help="by default captions of shapes, for embedded models unseen ones")
     add("--steps", type=int, help="denoising steps of a run; by default what the model recommends")
@@ -79,10 +88,20 @@ def run(args: Any) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """The parsed arguments, valid: names of methods, none for all, and sizes ``(width, height)`` in pixels."""
+    """The parsed arguments, valid.
+
+    Attributes:
+        args: themselves.
+        named: whether methods are asked for by name, so that all of them have to serve.
+        methods: by name, or functions that make them of the pipeline.
+        options: what is given of them, their weights included, by name.
+        sizes: ``(width, height)`` in pixels.
+    """
 
     args: Any
-    methods: list[str]
+    named: bool
+    methods: dict[str, Method | Callable[[Any], Method]]
+    options: dict[str, dict[str, Any]]
     sizes: list[models.Size]
 
 
@@ -92,11 +111,17 @@ def read_request(args: Any) -> Request:
     Raises:
         CommandError: an argument is not what it should be.
     """
-    asked = [] if args.methods == [_ALL] else args.methods
-    check_names(asked, "--methods")
+    named = args.methods != [_ALL]
+    names = args.methods if named else list(METHODS)
+    check_names(names, "--methods")
     sizes = [parse_size(text, "--sizes") for text in args.sizes or ()]
     check_numbers(args, {"steps": 1, "guidance": 0, "repeats": 1, "quality": 0, "seed": 0})
-    return Request(args, asked, sizes)
+    methods = dict(zip(names, build_methods(names, args, "--methods"), strict=True))
+    options = given_options(args)
+    if args.weights is not None:
+        (name,) = with_weights(names)
+        options[name] = {**options.get(name, {}), "weights": _name(args.weights)}
+    return Request(args, named, methods, options, sizes)
 
 
 def file_name(model: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -107,7 +132,7 @@ def file_name(model: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _name(model: str) -> str:
-    """A model as results name it: a folder without the way there."""
+    """A model or weights as results name them: a folder without the way there."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
 
@@ -157,14 +182,21 @@ def measure(
     from diffusion_attn.bench import OtherSettingsError, applicable_methods, run_bench
     from diffusion_attn.bench.run import PROMPT
 
-    args, asked, sizes = request.args, request.methods, request.sizes
+    args, sizes = request.args, request.sizes
     if not sizes:
         width, height = models.native_size(pipe)
         sizes = [(width, height), (2 * width, 2 * height)]
     for size in sizes:
         models.check_size(pipe, size, "--sizes")
-    methods, others = applicable_methods(pipe, asked or METHODS)
-    if asked and others:
+    earlier = before["settings"].get("options", {}) if before else {}
+    for name in {row["method"] for row in before["rows"]} & request.methods.keys() if before else ():
+        if earlier.get(name, {}) != request.options.get(name, {}):
+            raise CommandError(
+                f"{str(path)!r} holds rows of {name!r} with other options; give the same options to go on, another "
+                "--output, or --restart to drop those rows."
+            )
+    methods, others = applicable_methods(pipe, request.methods)
+    if request.named and others:
         name, reason = next(iter(others.items()))
         raise CommandError(f"--methods {name!r} does not serve --model {args.model!r}: {reason}")
     command = _command(args, sizes)
@@ -174,7 +206,7 @@ def measure(
         return {
             **result,
             "commands": list(dict.fromkeys(commands)),
-            "settings": {"model": _name(args.model), **result["settings"]},
+            "settings": {"model": _name(args.model), **result["settings"], "options": {**earlier, **request.options}},
             "skipped": {**others, **result["skipped"]},
         }
 
@@ -227,12 +259,20 @@ def _shown(bar: tqdm) -> Callable[[int, int, str], None]:
 def _command(args: Any, sizes: list[models.Size]) -> str:
     """The command that asks for the same, without where its files go."""
     words = ["diffusion-attn", "bench", "--model", _name(args.model), "--methods", *args.methods]
+    for name, options in given_options(args).items():
+        words += [word for option, value in options.items() for word in (f"--{name}.{option}", _typed(value))]
+    words += ["--weights", _name(args.weights)] if args.weights else []
     words += ["--sizes", *(f"{w}" if w == h else f"{w}x{h}" for w, h in sizes)]
     words += ["--prompts", *args.prompts] if args.prompts else []
     for name in _GIVEN:
         value = getattr(args, name)
         words += [f"--{name}", str(value)] if value not in (None, _DEFAULTS.get(name)) else []
     return shlex.join(words)
+
+
+def _typed(value: Any) -> str:
+    """An option's value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def save_plot(result: dict[str, Any], path: Path) -> list[Path]:

@@ -23,19 +23,23 @@ NO_WEIGHTS = "none"
 """What ``--weights`` says for a method without weights of its own."""
 
 
-def add_method_options(parser: Any) -> None:
+def add_method_options(parser: Any, option: str = "--method") -> None:
     """Add ``--method`` and, in a group for each method, ``--NAME.OPTION`` for each field of its dataclass.
 
     Options stay out of the parsed arguments unless they are given, so that a method's own defaults hold.
+
+    Args:
+        option: what methods are named by; anything but ``"--method"`` is there already.
     """
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help=f"methods to enable: {', '.join(METHODS)}; none: the plain model",
-    )
+    if option == "--method":
+        parser.add_argument(
+            option,
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="NAME",
+            help=f"methods to enable: {', '.join(METHODS)}; none: the plain model",
+        )
     parser.add_argument(
         "--weights",
         type=str,
@@ -45,14 +49,14 @@ def add_method_options(parser: Any) -> None:
     )
     for name, method in METHODS.items():
         docs = {name: text for base in reversed(method.__mro__) for name, text in read_docstring(base)[1].items()}
-        group = parser.add_argument_group(f"options of --method {name}", describe(method))
+        group = parser.add_argument_group(f"options of {option} {name}", describe(method))
         hints = typing.get_type_hints(method)
-        for option in dataclasses.fields(method):
-            kind = command_line_type(hints[option.name])
-            if kind is None or not option.metadata.get("option", True):
+        for field in dataclasses.fields(method):
+            kind = command_line_type(hints[field.name])
+            if kind is None or not field.metadata.get("option", True):
                 continue
-            text = f"{docs.get(option.name, '')} Default: {_show(option.default)}".strip()
-            group.add_argument(f"--{name}.{option.name}", type=kind, default=argparse.SUPPRESS, help=text)
+            text = f"{docs.get(field.name, '')} Default: {_show(field.default)}".strip()
+            group.add_argument(f"--{name}.{field.name}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
 def check_names(names: list[str], option: str = "--method") -> None:
@@ -69,8 +73,13 @@ def check_names(names: list[str], option: str = "--method") -> None:
             raise CommandError(f"{option} {name!r} is given {names.count(name)} times; give it once.")
 
 
-def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], Method]]:
-    """The methods of ``names`` with the options in ``args``, the parsed arguments.
+def given_options(args: Any) -> dict[str, dict[str, Any]]:
+    """The options of methods that are in ``args``, the parsed arguments, by the methods' names."""
+    return {name: vars(args[name]) for name in METHODS if name in args}
+
+
+def build_methods(names: list[str], args: Any, option: str = "--method") -> list[Method | Callable[[Any], Method]]:
+    """The methods of ``names``, given as ``option``, with the options in ``args``, the parsed arguments.
 
     A method with weights and no ``--weights`` is left to be made from the pipeline, once that is loaded.
 
@@ -78,22 +87,22 @@ def build_methods(names: list[str], args: Any) -> list[Method | Callable[[Any], 
         CommandError: options or weights belong to a method that is not asked for, or the method refuses its options.
         DiffusionAttnError: the weights cannot be loaded.
     """
-    given = {name: vars(args[name]) for name in METHODS if name in args}
+    given = given_options(args)
     for name, options in given.items():
         if name not in names:
             raise CommandError(
-                f"--{name}.{next(iter(options))} belongs to a method that is not enabled; add --method {name}, or "
+                f"--{name}.{next(iter(options))} belongs to a method that is not enabled; add {option} {name}, or "
                 "leave the option out."
             )
     if args.weights is not None and len(with_weights(names)) != 1:
         raise CommandError(
             f"--weights {args.weights!r} belongs to one method that has weights; give exactly one of "
-            f"--method {', '.join(with_weights(METHODS))}, or leave it out."
+            f"{option} {', '.join(with_weights(METHODS))}, or leave it out."
         )
     try:
         return [_build(METHODS[name], given.get(name, {}), args.weights) for name in names]
     except (TypeError, ValueError) as error:
-        raise CommandError(f"options of --method {' '.join(names)}: {error}") from error
+        raise CommandError(f"options of {option} {' '.join(names)}: {error}") from error
 
 
 def _build(method: Any, options: dict[str, Any], weights: str | None) -> Method | Callable[[Any], Method]:
