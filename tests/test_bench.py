@@ -1,6 +1,7 @@
 """The bench: rows of every method, what has to hold before they are timed, resuming, and what is written."""
 
 import json
+import shutil
 import signal
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import diffusion_attn as da
@@ -17,11 +19,12 @@ from benchmarks import report
 from benchmarks.common import count_flops
 from diffusion_attn.bench import OtherSettingsError, ParityError, applicable_methods, plot, run_bench
 from diffusion_attn.bench.steps import Steps
-from diffusion_attn.cli.bench import file_name
-from diffusion_attn.cli.main import main
+from diffusion_attn.cli.bench import file_name, read_request
+from diffusion_attn.cli.main import main, parse
 from diffusion_attn.core.calls import call_arguments
 from diffusion_attn.core.method import Plan
 from diffusion_attn.methods import METHODS
+from diffusion_attn.shapes.models import FOLDER
 from tests import tiny
 from tests.golden.seeded import seed_parameters
 
@@ -241,6 +244,22 @@ def test_options_of_methods_stay_with_their_rows(model, tmp_path, capsys):
     assert "options of --methods token_merging: ratio=2" in capsys.readouterr().err
     assert bench(model, half, "--weights", "none") == 2
     assert "give exactly one of --methods" in capsys.readouterr().err
+
+
+def test_weights_of_one_name_are_told_apart(tmp_path):
+    def options_of(folder):
+        return read_request(parse(["bench", "--methods", "linfusion", "--weights", str(folder)])[1]["bench"]).options
+
+    first, other = tmp_path / "first" / "student", tmp_path / "other" / "student"
+    for folder in (first, other):
+        shutil.copytree(FOLDER / "shapes-linfusion", folder)
+    assert options_of(first) == options_of(other)
+    path = other / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).mul_(2)
+    save_file(tensors, path)
+    named = [options_of(folder)["linfusion"]["weights"] for folder in (first, other)]
+    assert named[0] != named[1] and all(name.startswith("student (") for name in named)
 
 
 def test_a_file_that_is_no_result_is_not_overwritten(tmp_path, capsys):

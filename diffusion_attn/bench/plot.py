@@ -27,15 +27,15 @@ def plot(result: Mapping[str, Any]) -> Any:
     rows = result["rows"]
     sizes = sorted({tuple(row["size"]) for row in rows}, key=lambda size: (size[0] * size[1], size))
     methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name != PLAIN]
-    width = 0.8 / max(len(methods), 1)
+    bar = 0.8 / max(len(methods), 1)
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, (of, label) in zip(figure.subplots(1, 2), _PANELS.items(), strict=True):
         axis.axhline(1, color="black", linewidth=1, label=PLAIN)
         for index, name in enumerate(methods):
             points = {tuple(row["size"]): row[of] for row in rows if row["method"] == name and row[of] is not None}
             there = [size for size in sizes if size in points]
-            beside = [sizes.index(size) + (index - (len(methods) - 1) / 2) * width for size in there]
-            axis.bar(beside, [points[size] for size in there], width, label=name)
+            beside = [sizes.index(size) + (index - (len(methods) - 1) / 2) * bar for size in there]
+            axis.bar(beside, [points[size] for size in there], bar, label=name)
         axis.set_xticks(range(len(sizes)), [f"{width}x{height}" for width, height in sizes])
         axis.set_xlabel("pixels")
         axis.set_ylabel(label)

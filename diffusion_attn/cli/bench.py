@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from diffusion_attn.cli.method_options import (
     build_methods,
     check_names,
     given_options,
+    typed,
     with_weights,
 )
 from diffusion_attn.cli.quiet import silence
@@ -120,7 +121,7 @@ def read_request(args: Any) -> Request:
     options = given_options(args)
     if args.weights is not None:
         (name,) = with_weights(names)
-        options[name] = {**options.get(name, {}), "weights": _name(args.weights)}
+        options[name] = {**options.get(name, {}), "weights": _name_weights(args.weights)}
     return Request(args, named, methods, options, sizes)
 
 
@@ -132,9 +133,21 @@ def file_name(model: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _name(model: str) -> str:
-    """A model or weights as results name them: a folder without the way there."""
+    """A model or weights as commands in results name them: a folder or file without the way there."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+    return path.resolve().name if path.exists() else model
+
+
+def _name_weights(weights: str) -> str:
+    """Weights as results tell them apart: local ones by their content as well, since many folders have one name."""
+    path = Path(weights).expanduser()
+    if not path.exists():
+        return weights
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return f"{_name(weights)} ({digest.hexdigest()[:12]})"
 
 
 def _earlier(path: Path, model: str) -> dict[str, Any] | None:
@@ -189,8 +202,9 @@ def measure(
     for size in sizes:
         models.check_size(pipe, size, "--sizes")
     earlier = before["settings"].get("options", {}) if before else {}
-    for name in {row["method"] for row in before["rows"]} & request.methods.keys() if before else ():
-        if earlier.get(name, {}) != request.options.get(name, {}):
+    measured = {row["method"] for row in before["rows"]} if before else set()
+    for name in request.methods:
+        if name in measured and earlier.get(name, {}) != request.options.get(name, {}):
             raise CommandError(
                 f"{str(path)!r} holds rows of {name!r} with other options; give the same options to go on, another "
                 "--output, or --restart to drop those rows."
@@ -260,7 +274,7 @@ def _command(args: Any, sizes: list[models.Size]) -> str:
     """The command that asks for the same, without where its files go."""
     words = ["diffusion-attn", "bench", "--model", _name(args.model), "--methods", *args.methods]
     for name, options in given_options(args).items():
-        words += [word for option, value in options.items() for word in (f"--{name}.{option}", _typed(value))]
+        words += [word for option, value in options.items() for word in (f"--{name}.{option}", typed(value))]
     words += ["--weights", _name(args.weights)] if args.weights else []
     words += ["--sizes", *(f"{w}" if w == h else f"{w}x{h}" for w, h in sizes)]
     words += ["--prompts", *args.prompts] if args.prompts else []
@@ -268,11 +282,6 @@ def _command(args: Any, sizes: list[models.Size]) -> str:
         value = getattr(args, name)
         words += [f"--{name}", str(value)] if value not in (None, _DEFAULTS.get(name)) else []
     return shlex.join(words)
-
-
-def _typed(value: Any) -> str:
-    """An option's value as it is typed."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def save_plot(result: dict[str, Any], path: Path) -> list[Path]:

@@ -23,23 +23,27 @@ NO_WEIGHTS = "none"
 """What ``--weights`` says for a method without weights of its own."""
 
 
+def add_methods(parser: Any) -> None:
+    """Add ``--method`` and what `add_method_options` adds."""
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help=f"methods to enable: {', '.join(METHODS)}; none: the plain model",
+    )
+    add_method_options(parser)
+
+
 def add_method_options(parser: Any, option: str = "--method") -> None:
-    """Add ``--method`` and, in a group for each method, ``--NAME.OPTION`` for each field of its dataclass.
+    """Add ``--weights`` and, in a group for each method, ``--NAME.OPTION`` for each field of its dataclass.
 
     Options stay out of the parsed arguments unless they are given, so that a method's own defaults hold.
 
     Args:
-        option: what methods are named by; anything but ``"--method"`` is there already.
+        option: what methods are named by.
     """
-    if option == "--method":
-        parser.add_argument(
-            option,
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="NAME",
-            help=f"methods to enable: {', '.join(METHODS)}; none: the plain model",
-        )
     parser.add_argument(
         "--weights",
         type=str,
@@ -76,6 +80,11 @@ def check_names(names: list[str], option: str = "--method") -> None:
 def given_options(args: Any) -> dict[str, dict[str, Any]]:
     """The options of methods that are in ``args``, the parsed arguments, by the methods' names."""
     return {name: vars(args[name]) for name in METHODS if name in args}
+
+
+def typed(value: Any) -> str:
+    """The value of an option as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def build_methods(names: list[str], args: Any, option: str = "--method") -> list[Method | Callable[[Any], Method]]:

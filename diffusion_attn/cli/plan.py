@@ -12,7 +12,7 @@ import torch
 
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.files import prepare_folder, save_json
-from diffusion_attn.cli.method_options import NO_WEIGHTS, add_method_options, check_names
+from diffusion_attn.cli.method_options import NO_WEIGHTS, add_methods, check_names
 from diffusion_attn.cli.models import Size, check_model, reason
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import DTYPES, check_numbers, parse_size
@@ -41,7 +41,7 @@ def add_arguments(parser: Any) -> None:
         metavar="NAME",
         help=f"{', '.join(known())}, an embedded model, a local diffusers folder or a Hub id (whose configs are read)",
     )
-    add_method_options(parser)
+    add_methods(parser)
     add("--size", type=str, metavar="N|WxH", help="pixels, 128 or 192x128 (wide x high); by default the native size")
     add("--memory", type=str, metavar="24GB", help="of the device, in MB, GB, MiB or GiB; by default the GPU's, if any")
     add("--dtype", choices=list(DTYPES), help="of the weights; by default float16, bfloat16 for FLUX and SD3")

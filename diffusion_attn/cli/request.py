@@ -14,7 +14,7 @@ import torch
 from diffusion_attn.cli import ladder
 from diffusion_attn.cli.errors import CommandError
 from diffusion_attn.cli.files import prepare_folder
-from diffusion_attn.cli.method_options import add_method_options, build_methods, check_names
+from diffusion_attn.cli.method_options import add_methods, build_methods, check_names
 from diffusion_attn.cli.models import Size, check_model
 from diffusion_attn.core.method import Method
 from diffusion_attn.core.reading import LARGEST_JSON, read_text
@@ -61,7 +61,7 @@ def add_request_arguments(parser: Any) -> None:
     add("prompt", type=str, nargs="*", metavar="PROMPT", help="what to draw; one or more")
     add("--prompts", type=str, metavar="FILE", help="text file of further prompts, one a line")
     add_model_arguments(parser)
-    add_method_options(parser)
+    add_methods(parser)
     add("--size", type=str, metavar="N|WxH", help="pixels, 128 or 192x128 (wide x high); by default the native size")
     add("--steps", type=int, help="denoising steps; by default what the model recommends")
     add("--guidance", type=float, help="guidance scale, 1 is none; by default what the model recommends")

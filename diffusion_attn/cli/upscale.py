@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion_attn.cli import files, ladder, models, oracle
 from diffusion_attn.cli.errors import CommandError
-from diffusion_attn.cli.method_options import add_method_options, build_methods, check_names
+from diffusion_attn.cli.method_options import add_methods, build_methods, check_names
 from diffusion_attn.cli.quiet import silence
 from diffusion_attn.cli.request import (
     LARGEST_SIDE,
@@ -33,7 +33,7 @@ def add_arguments(parser: Any) -> None:
     add("--scale", type=float, metavar="X", help="the result's sides by the picture's; by default 2")
     add("--size", type=str, metavar="N|WxH", help="pixels of the result, instead of --scale")
     add_model_arguments(parser)
-    add_method_options(parser)
+    add_methods(parser)
     ladder.add_ladder_arguments(parser, "auto")
     add("--steps", type=int, help="steps of the schedule; by default what the model recommends")
     add("--guidance", type=float, help="guidance scale, 1 is none; by default what the model recommends")

@@ -73,10 +73,8 @@ def local_attention(
         order = tile_order(disc.grid, q.device) if tiled else None
         if order is not None:
             place = order.argsort()
-            image_q, keys, values = (
-                torch.cat([x[:, :, :count], x[:, :, count:].index_select(2, place)], dim=2)
-                for x, count in ((image_q, 0), (keys, seen), (values, seen))
-            )
+            image_q, after = take_tokens(image_q, place), torch.cat([torch.arange(seen, device=q.device), seen + place])
+            keys, values = take_tokens(keys, after), take_tokens(values, after)
         attend = _attend_dense if chosen == "reference" else attend_tiles
         image = take_tokens(attend(image_q, keys, values, seen, disc, scale), order)
     if not text_tokens:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 TILE = (8, 16)
-"""Rows and columns of tokens that are treated together: queries that share their keys, and the keys of one block."""
+"""Rows and columns of tokens that follow each other in `tile_order`: queries, or keys, of one block of flex."""
 
 
 @torch.compiler.disable

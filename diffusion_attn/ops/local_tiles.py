@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion_attn.ops.local_rule import Disc
 
-TILE = (12, 16)
+QUERIES = (12, 16)
 """Rows and columns of the queries of one tile. From 192 queries on, torch's attention on CPUs takes 64 of them at a
 time, else 32; larger tiles have more keys that most of their queries do not see."""
 
@@ -47,7 +47,7 @@ class Tiles:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # or no gradient could ever pass through a plan that was made inside it
 def plan_tiles(
-    disc: Disc, device: torch.device, tile: tuple[int, int] = TILE
+    disc: Disc, device: torch.device, tile: tuple[int, int] = QUERIES
 ) -> tuple[list[Tiles], torch.Tensor, torch.Tensor]:
     """The tiles of a grid, ``(tokens,)`` their queries in order, and ``(tokens,)`` where each token is among these."""
     (height, width), reach = disc.grid, disc.radius - 1
@@ -172,7 +172,7 @@ def _rows(
     return F.scaled_dot_product_attention(q[:, :, index], k, v, attn_mask=mask, scale=scale)
 
 
-def window_of(disc: Disc, tile: tuple[int, int] = TILE) -> tuple[int, int]:
+def window_of(disc: Disc, tile: tuple[int, int] = QUERIES) -> tuple[int, int]:
     """Height and width of the window of keys around a tile, in tokens."""
     height, width = (min(side, span + 2 * (disc.radius - 1)) for side, span in zip(disc.grid, tile, strict=True))
     return height, width

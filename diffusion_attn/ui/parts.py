@@ -16,6 +16,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from diffusion_attn.cli.errors import CommandError, sentence
+from diffusion_attn.cli.method_options import typed
 from diffusion_attn.cli.request import parse_size
 from diffusion_attn.core.errors import DiffusionAttnError
 from diffusion_attn.ui.jobs import Cancelled
@@ -130,7 +131,7 @@ def command_line(command: str, positional: Sequence[str], options: Mapping[str, 
             words.append(flag)
         elif isinstance(value, Mapping):
             for option, each in value.items():
-                words += [f"{flag}.{option}", str(each).lower() if isinstance(each, bool) else str(each)]
+                words += [f"{flag}.{option}", typed(each)]
         elif isinstance(value, list):
             words += [flag, *map(str, value)] if value else []
         elif is_given(value):
