@@ -166,8 +166,8 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-def bench(model, folder, *arguments, methods=("token_merging",)):
-    short = ["--steps", "2", "--repeats", "1", "--quality", "1", "--device", "cpu", "--sizes", "64", "96x64"]
+def bench(model, folder, *arguments, methods=("token_merging",), sizes=("64", "96x64")):
+    short = ["--steps", "2", "--repeats", "1", "--quality", "1", "--device", "cpu", "--sizes", *sizes]
     return main(["bench", "--model", model, *short, "--output", str(folder), "--methods", *methods, *arguments])
 
 
@@ -224,7 +224,8 @@ def test_a_method_that_is_named_has_to_serve(model, tmp_path, capsys):
 
 def test_options_of_methods_stay_with_their_rows(model, tmp_path, capsys):
     whole, half = tmp_path / "default", tmp_path / "given"
-    assert bench(model, whole) == 0 and bench(model, half, "--token_merging.ratio", "0.25") == 0
+    run = partial(bench, model, sizes=["64"])
+    assert run(whole) == 0 and run(half, "--token_merging.ratio", "0.25") == 0
     plain, given = (json.loads((folder / f"{name_of('tiny')}.json").read_text()) for folder in (whole, half))
     assert (plain["settings"]["options"], given["settings"]["options"]) == ({}, {"token_merging": {"ratio": 0.25}})
     assert (
@@ -234,15 +235,15 @@ def test_options_of_methods_stay_with_their_rows(model, tmp_path, capsys):
         fewer = before["flops_per_step"] < after["flops_per_step"]
         assert fewer == (before["method"] == "token_merging")
 
-    assert bench(model, half) == 2
+    assert run(half) == 2
     assert "holds rows of 'token_merging' with other options" in capsys.readouterr().err
-    assert bench(model, half, methods=["low_memory"]) == 0  # whose rows are not there
+    assert run(half, methods=["low_memory"]) == 0  # whose rows are not there
     assert json.loads((half / f"{name_of('tiny')}.json").read_text())["settings"] == given["settings"]
-    assert bench(model, half, "--hidiffusion.window_attention", "false") == 2
+    assert run(half, "--hidiffusion.window_attention", "false") == 2
     assert "not enabled; add --methods hidiffusion" in capsys.readouterr().err
-    assert bench(model, half, "--token_merging.ratio", "2") == 2
+    assert run(half, "--token_merging.ratio", "2") == 2
     assert "options of --methods token_merging: ratio=2" in capsys.readouterr().err
-    assert bench(model, half, "--weights", "none") == 2
+    assert run(half, "--weights", "none") == 2
     assert "give exactly one of --methods" in capsys.readouterr().err
 
 
