@@ -29,19 +29,19 @@ def test_operations_are_the_official_ones(tmp_path, monkeypatch):
 def test_a_step_is_timed_once_for_each_case_and_reported(tmp_path, capsys):
     output = tmp_path / "agent-cpu-float32-torch0.json"
     run = f"step --small --repeats 1 --batch 1 --output {output} --cases"
-    agent.main([*run.split(), "sd:128"])
+    agent.main([*run.split(), "sd:64"])
     first = json.loads(output.read_text())["step"]
-    agent.main([*run.split(), "sd:128", "sd:64"])
+    agent.main([*run.split(), "sd:64", "sd:32"])
     both = json.loads(output.read_text())["step"]
-    assert [row for row in both["rows"] if row["pixels"] == 128] == first["rows"]
-    assert {row["pixels"] for row in both["rows"]} == {64, 128}
+    assert [row for row in both["rows"] if row["pixels"] == 64] == first["rows"]
+    assert {row["pixels"] for row in both["rows"]} == {32, 64}
     rows = {row["variant"]: row for row in first["rows"]}
     assert rows["AgentAttention, early"]["flops"] < rows["TokenMerging 0.4"]["flops"] < rows["plain"]["flops"]
     assert rows["plain"]["matching"] is None
     assert 0 < rows["TokenMerging 0.4"]["matching"] < rows["TokenMerging 0.4"]["seconds"]
     report.write_page(agent.NAME, tmp_path)
     page = (tmp_path / "agent.md").read_text()
-    assert "One UNet step" in page and "64 px" in page
+    assert "One UNet step" in page and "32 px" in page
 
 
 def test_a_layer_is_timed_in_its_parts(tmp_path):

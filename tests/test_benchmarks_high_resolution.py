@@ -11,7 +11,7 @@ def test_every_table_is_filled_and_reported(tmp_path):
     output = tmp_path / "high_resolution-cpu.json"
     to = ["--output", str(output)]
     ways = [high_resolution.ENLARGED, "plain, at once", "LinFusion ladder", "hires fix: two passes"]
-    few = ["--captions", "1", "--steps", "10", "--sizes", "2"]
+    few = ["--captions", "1", "--steps", "5", "--sizes", "2"]
     high_resolution.main(["shapes-sd", *few, *to, "--ways", *ways[:2]])
     before = json.loads(output.read_text())["shapes-sd"]["rows"]
     high_resolution.main(["shapes-sd", *few, *to, "--ways", *ways])
@@ -24,7 +24,7 @@ def test_every_table_is_filled_and_reported(tmp_path):
         "hires fix: two passes": ["64x64", "128x128"],
     }
     with pytest.raises(SystemExit, match="steps"):
-        high_resolution.main(["shapes-sd", "--steps", "9", *to])
+        high_resolution.main(["shapes-sd", "--steps", "4", *to])
 
     high_resolution.main(["scale", "--sides", "16", "32", "--limit", "1e-9", *to])
     rows = json.loads(output.read_text())["scale"]["rows"]
