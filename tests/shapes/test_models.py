@@ -106,7 +106,7 @@ def test_the_flux_model_is_stock_and_draws_what_is_asked():
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
     ).images
     score = da.shapes.score(images, prompts)
-    assert score.exact >= 4 / 8 and score.background >= 0.9 and score.wrong_color <= 1  # the card: 0.825, 1, 0
+    assert score.exact >= 4 / 8 and score.background >= 0.9 and score.wrong_color <= 1  # the card: 0.895, 1, 0
 
 
 def test_so_does_its_student_with_local_attention():
@@ -145,7 +145,7 @@ def test_so_does_its_student_with_local_attention():
         for name, method in {"student": clear, "rule": da.Clear(radius=8)}.items():
             with da.using(pipe, method):
                 errors[name] = float((predict() - teacher).square().mean())
-    assert errors["student"] < errors["rule"] / 2, errors
+    assert errors["student"] < errors["rule"] / 2.5, errors
 
 
 # ---- pictures
