@@ -8,7 +8,7 @@ The autoencoder and the CLIP encoder, whose pooled state FLUX takes beside T5's 
 as they are. The first steps run on latents of half the size with positions stretched to the full grid; scenes are
 drawn by code. Every run resumes where it stopped. The result, `OUTPUT/model`, is a folder that
 `FluxPipeline.from_pretrained` loads. `ACCELERATE_DYNAMO_BACKEND=INDUCTOR` compiles the training step, which takes two
-minutes and then about a third off each step on a CPU with AMX.
+minutes and then, with one process on a CPU with AMX, about a third off each step.
 """
 
 from __future__ import annotations
