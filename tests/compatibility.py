@@ -17,7 +17,7 @@ from tests import test_matrix, tiny
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 LAYOUTS = ("SD", "SDXL", "FLUX", "SD3")
 MODELS = dict(zip((tiny.sd, tiny.sdxl, tiny.flux, tiny.sd3), LAYOUTS, strict=True))
-MODELS |= {test_matrix.SHORT: "SD", test_matrix.SHORT_XL: "SDXL"}
+MODELS |= {test_matrix.SHORT: "SD", test_matrix.SHORT_XL: "SDXL", test_matrix.COMPACT: "SDXL"}
 UNSAID = ("name", "make", "run")
 """Arguments of tests that are columns and cells of the table, or follow from others."""
 SPELT = {"lora on ": "", "AutoPipelineFor": "", "torch.": ""}

@@ -20,6 +20,13 @@ ALSO = {"merge_cross_attention": True, "merge_feed_forward": True}
 SHORT = partial(tiny.sd, layers_per_block=1)
 SHORT_XL = partial(tiny.sdxl, layers_per_block=1, transformer_layers_per_block=1)
 """Shorter to run and to trace, with all that a method distinguishes."""
+COMPACT = partial(
+    SHORT_XL,
+    block_out_channels=(8, 16),
+    attention_head_dim=[1, 2],
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+)
 ROWS = {
     "hidiffusion": (SHORT, lambda model: da.HiDiffusion()),
     "linfusion": (SHORT, lambda model: seed_parameters(da.LinFusion.for_model(model, mid_dim=4))),
@@ -347,12 +354,13 @@ ORDERS = ("before", "after", "in place")
 IN_ALL_ORDERS = ("hidiffusion", "clear")
 COMPILED = [name for name in ROWS if name != "agent"]
 """What "agent" does is a part of what "agent-everywhere" does."""
+SMALLEST = {**dict.fromkeys(UNETS, COMPACT), "hidiffusion": SHORT_XL}  # which needs all three levels
 
 
 @pytest.mark.parametrize(
     ("name", "make", "order"),
     [
-        (name, SHORT_XL if name in UNETS else ROWS[name][0], order)
+        (name, SMALLEST.get(name, ROWS[name][0]), order)
         for name in COMPILED
         for order in (ORDERS if name in IN_ALL_ORDERS else ("after",))
     ],

@@ -123,7 +123,7 @@ def forecast_decode(vae: Any, *, height: int, width: int, tiled: bool = False, c
         for blend in ("blend_v", "blend_h"):  # row by row and in place: it takes no memory, and long to follow
             setattr(vae, blend, lambda before, tile, extent: tile)
     tracker = Tracker(cpu)
-    with torch.no_grad(), tracker, repeating([vae.decoder], tracker):
+    with torch.no_grad(), tracker, repeating([vae.decoder, *_blocks(vae.decoder)], tracker):
         vae.decode(torch.empty(1, vae.config.latent_channels, height, width, device="meta", dtype=vae.dtype))
     return Forecast(tracker.flops, tracker.attention_flops, tracker.peak, weight_bytes(vae))
 
@@ -152,9 +152,9 @@ def _over_run(cost_at: Callable[[int], Any], steps: int) -> list[Any]:
     return costs
 
 
-def _blocks(denoiser: nn.Module) -> list[nn.Module]:
+def _blocks(model: nn.Module) -> list[nn.Module]:
     """Those that models have many of."""
-    lists = [x for name, x in denoiser.named_modules() if name.endswith("transformer_blocks")]
+    lists = [x for name, x in model.named_modules() if name.endswith(("transformer_blocks", "resnets"))]
     return [block for blocks in lists for block in blocks.children()]
 
 

@@ -236,7 +236,7 @@ def test_with_masks_of_an_ip_adapter():
 
 
 def test_compiled(fresh_dynamo):
-    pipe = tiny.sd()
+    pipe = tiny.sd(layers_per_block=1)
     plain, maps = recorded(pipe)
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     tiny.run(pipe)
