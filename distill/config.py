@@ -131,17 +131,21 @@ class LossConfig:
         prediction: error against the teacher's prediction.
         attention: error against the outputs of the teacher's attention, the mean over layers.
         layers: a regular expression; ``attention`` takes only layers whose name it is found in.
+        shift: every noise level is as likely at 1; above, high ones are likelier, as a scheduler's shift has them.
     """
 
     target: float = 1.0
     prediction: float = 0.5
     attention: float = 0.5
     layers: str = ""
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("target", "prediction", "attention"):
-            _check(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a weight, 0 or more")
-        _check(self.target + self.prediction + self.attention > 0, "loss", asdict(self), "one weight above 0 at least")
+        weights = {name: getattr(self, name) for name in ("target", "prediction", "attention")}
+        for name, weight in weights.items():
+            _check(weight >= 0, f"loss.{name}", weight, "a weight, 0 or more")
+        _check(any(weights.values()), "loss", weights, "one weight above 0 at least")
+        _check(0 < self.shift < float("inf"), "loss.shift", self.shift, "a number above 0, such as 3")
         try:
             re.compile(self.layers)
         except re.error as error:

@@ -32,7 +32,16 @@ class Draws:
 
     @classmethod
     def of(
-        cls, seed: int, step: int, batch: int, latent: Sequence[int], timesteps: int, dropout: float, *, sampled: bool
+        cls,
+        seed: int,
+        step: int,
+        batch: int,
+        latent: Sequence[int],
+        timesteps: int,
+        dropout: float,
+        *,
+        sampled: bool,
+        shift: float = 1.0,
     ) -> Draws:
         """The draws of optimiser step ``step`` for its whole batch.
 
@@ -41,14 +50,18 @@ class Draws:
             step: number of the step.
             batch: pictures of the step.
             latent: channels, height and width of one latent.
-            timesteps: how many the model was trained on; all are as likely.
+            timesteps: how many the model was trained on.
             dropout: share of captions that are dropped.
             sampled: latents are samples of the posterior; else they are its mean.
+            shift: every timestep is as likely at 1; above, those with more noise are likelier, in the manner of a
+                scheduler's shift: the share ``u`` of all timesteps becomes ``shift * u / (1 + (shift - 1) * u)``
+                (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 23).
         """
         source = generator(seed, "step", step)
         shape = (batch, *latent)
+        even = (torch.randint(timesteps, (batch,), generator=source) + 0.5) / timesteps
         return cls(
-            torch.randint(timesteps, (batch,), generator=source),
+            (shift * even / (1 + (shift - 1) * even) * timesteps).long().clamp(max=timesteps - 1),
             torch.randn(shape, generator=source),
             torch.randn(shape, generator=source) * sampled,
             torch.rand(batch, generator=source) < dropout,

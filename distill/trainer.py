@@ -136,6 +136,7 @@ class Distiller:
                         len(noise_schedule),
                         config.data.caption_dropout,
                         sampled=config.data.latent == "sample",
+                        shift=config.loss.shift,
                     )
                     share = draws.share(start, optim.micro_batch).to(device)
                     call, target = denoiser_inputs(pipe, noise_schedule, encoded, empty, share, config.model.guidance)

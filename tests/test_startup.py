@@ -12,16 +12,19 @@ def check(what, *may):
     found |= {name for name in sys.modules if name.startswith("diffusers.pipelines.stable_diffusion")}
     assert not found, f"{what} loads {sorted(found)[:3]}"
 
-import diffusion_attn
+import diffusion_attn as da
 check("import diffusion_attn")
+assert not [name for name in ("distill", "editing", "metrics", "pipelines") if f"diffusion_attn.{name}" in sys.modules]
 from diffusion_attn.cli.main import main
 for arguments in (["--help"], ["generate", "--help"], ["edit", "--nonsense"]):
     main(arguments)
     check(arguments, "accelerate", "jsonargparse")
-import diffusion_attn.editing
+da.editing.record, da.editing.prompts.word_tokens, da.editing.schedulers.EditDDIMScheduler
+da.editing.inversion.Inversion, da.editing.guidance.image_guidance_embeds, da.editing.losses.threshold
 check("editing", "accelerate", "jsonargparse", "diffusers")
-import diffusion_attn.pipelines
+da.pipelines.PromptToPromptPipeline, da.pipelines.DPLPipeline
 check("pipelines", "accelerate", "jsonargparse", "diffusers", "transformers")
+da.metrics.pie_bench.decode_mask, da.distill.DistillConfig()
 """
 
 

@@ -1,8 +1,6 @@
 """Recipes: read, overridden, checked before anything is loaded; and the command."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -51,6 +49,8 @@ BAD = {
     "method": ("method: {name: hidiffusion}", r"'hidiffusion'.*linfusion"),
     "expression": ("loss: {layers: '('}", r"loss.layers='\('.*regular expression"),
     "no loss": ("loss: {target: 0, prediction: 0, attention: 0}", "one weight above 0"),
+    "shift": ("loss: {shift: 0}", "loss.shift=0.*above 0"),
+    "endless shift": ("loss: {shift: .inf}", "loss.shift=inf"),
     "decay": ("optim: {ema_decay: 1}", "optim.ema_decay=1"),
     "share": ("data: {max_broken: 2}", "data.max_broken=2"),
     "seed": ("run: {seed: -1}", "run.seed=-1"),
@@ -117,13 +117,3 @@ def test_what_only_the_model_can_tell(distil, changes, expected, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(da.DiffusionAttnError, match=expected):
         distil(**changes)
-
-
-def test_it_is_part_of_the_package_without_being_loaded_with_it():
-    script = """
-import sys
-import diffusion_attn as da
-assert "diffusion_attn.distill" not in sys.modules
-da.distill.DistillConfig()
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -113,3 +113,17 @@ def test_draws_depend_on_seed_and_step_alone():
     mean = Draws.of(0, 7, 6, (4, 3, 3), 1000, 0.5, sampled=False)
     assert not mean.posterior.any() and one.posterior.any() and torch.equal(mean.noise, one.noise)
     assert torch.equal(mean.dropped, one.dropped)
+
+
+def test_a_shift_moves_the_timesteps_and_nothing_else():
+    plain, up, down = (Draws.of(0, 0, 4000, (1, 1, 1), 1000, 0.5, sampled=True, shift=s) for s in (1.0, 4.0, 0.25))
+    late = plain.timesteps >= 500
+    assert torch.equal(late, up.timesteps >= 800) and torch.equal(late, down.timesteps >= 200)
+    assert late.float().mean() == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(plain.noise, up.noise) and torch.equal(plain.dropped, up.dropped)
+
+
+@given(shift=st.floats(1e-9, 1e9), timesteps=st.integers(1, 1000))
+def test_timesteps_are_those_of_the_schedule_whatever_the_shift(shift, timesteps):
+    drawn = Draws.of(0, 0, 100, (1, 1, 1), timesteps, 0.0, sampled=False, shift=shift).timesteps
+    assert drawn.dtype == torch.long and drawn.min() >= 0 and drawn.max() < timesteps

@@ -107,6 +107,15 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(distil):
         distil(run={"resume": True}, optim={"lr": 0.5})
 
 
+def test_noise_levels_follow_the_shift(distil, tmp_path):
+    def first(name, shift):
+        run = distil(loss={"shift": shift}, run={"output": str(tmp_path / name), "steps": 1})
+        return run.history[0]["target"]
+
+    even, low, high = first("even", 1.0), first("low", 1e-9), first("high", 1e9)
+    assert len({even, low, high}) == 3
+
+
 def test_what_changes_rounding_only_may_change(distil):
     distil()
     distil(run={"resume": True, "steps": 8}, optim={"micro_batch": 2})
