@@ -75,7 +75,7 @@ def training_size(pipe: Any, asked: int | None) -> int:
 
 
 class NoiseSchedule:
-    """The model's own noise schedule: how much of signal and noise there is at each timestep.
+    """The model's own noise schedule: how much of signal and noise there is at each timestep, least noise first.
 
     Args:
         scheduler: of the pipeline, whatever its kind; only its config is read.
@@ -92,7 +92,7 @@ class NoiseSchedule:
         else:
             # As made: a shift that depends on the picture's size comes when one is drawn.
             self.prediction_type = "flow"
-            self.sigmas = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas
+            self.sigmas = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas.flip(0)
             self.signals = 1 - self.sigmas
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import diffusion_attn as da
@@ -64,11 +64,23 @@ def test_noise_and_targets_are_the_schedulers_own(options):
     clean, noise = tiny.noise(3, 4, 5, 6), tiny.noise(3, 4, 5, 6, seed=1)
     signal, sigma = ours.at(places)
     torch.testing.assert_close(
-        losses.add_noise(clean, noise, signal, sigma), scheduler.scale_noise(clean, scheduler.timesteps[places], noise)
+        losses.add_noise(clean, noise, signal, sigma),
+        scheduler.scale_noise(clean, scheduler.timesteps[999 - places], noise),
     )
     assert ours.prediction_type == "flow" and len(ours) == 1000
     if options.get("use_dynamic_shifting"):
-        torch.testing.assert_close(ours.sigmas, torch.arange(1000, 0, -1) / 1000)
+        torch.testing.assert_close(ours.sigmas, torch.arange(1, 1001) / 1000)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DDPMScheduler()])
+def test_a_shift_above_one_is_more_noise(scheduler):
+    schedule = NoiseSchedule(scheduler)
+    means = []
+    for shift in (0.25, 1.0, 4.0):
+        draws = Draws.of(0, 0, 1000, (1, 1, 1), len(schedule), 0.0, sampled=False, shift=shift)
+        signal, sigma = schedule.at(draws.timesteps)
+        means.append((sigma.mean(), -signal.mean()))
+    assert means == sorted(means) and means[0] < means[1] < means[2]
 
 
 @pytest.mark.parametrize("embedded", [True, False])
@@ -79,7 +91,7 @@ def test_the_transformer_is_called_as_its_pipeline_calls_it(embedded):
     empty = {name: torch.zeros_like(x[:1]) for name, x in text.items()}
     encoded = Encoded(tiny.noise(2, 4, 4, 6), torch.zeros(2, 4, 4, 6), text)
     draws = Draws(
-        torch.tensor([0, 750]), tiny.noise(2, 4, 4, 6, seed=1), torch.zeros(2, 4, 4, 6), torch.tensor([0, 1]) > 0
+        torch.tensor([999, 249]), tiny.noise(2, 4, 4, 6, seed=1), torch.zeros(2, 4, 4, 6), torch.tensor([0, 1]) > 0
     )
     call, target = denoiser_inputs(pipe, NoiseSchedule(pipe.scheduler), encoded, empty, draws, 2.0)
     seen = {}
