@@ -2,11 +2,13 @@
 
     python examples/highres_flux_clear.py "a lighthouse in a storm" --size 4096 --device cuda
     python examples/highres_flux_clear.py "..." --radius 8 --down-factor 4
+    python examples/highres_flux_clear.py "..." --factor 4                              # to 4096 pixels at once
     python examples/highres_flux_clear.py "..." --model my-flux-folder --weights none   # the rule alone
     python examples/highres_flux_clear.py --model shapes-flux                           # embedded, 256 x 256, offline
 
-The settings are those of CLEAR's authors (arXiv 2412.16112 and its repository): image-to-image with strength 0.7,
-scores scaled with the length of the sequence, a rotary base of ten times the usual, a fixed shift of the noise levels.
+The settings are those of CLEAR's authors (arXiv 2412.16112 and its repository): 1024, 2048, 4096 pixels, image-to-image
+with strength 0.7, scores scaled with the length of the sequence, a rotary base of ten times the usual, a fixed shift of
+the noise levels.
 At 4096 pixels an attention layer computes 1.4 instead of 53.6 TFLOP with a radius of 16.
 """
 
@@ -28,9 +30,10 @@ def parse_args() -> argparse.Namespace:
     add("prompt", nargs="?")
     add("--model", default="black-forest-labs/FLUX.1-dev", help="Hub id or folder of FLUX, or shapes-flux")
     add("--weights", help="Hub id or folder of CLEAR's weights, or none; by default those that belong to the model")
-    add("--radius", type=int, default=16)
+    add("--radius", type=int, help="in tokens; by default 16, with the weights of shapes-flux 8")
     add("--down-factor", type=int, default=1)
     add("--size", type=int, help="pixels of a side; by default 4096, of shapes-flux 256")
+    add("--factor", type=int, default=2, help="by which sides grow from picture to picture; 4 in the authors' notebook")
     add("--steps", type=int)
     add("--strength", type=float, help="share of the steps that a larger picture is drawn again for; by default 0.7")
     add("--seed", type=int, default=0)
@@ -43,27 +46,30 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Draw, enlarge, refine."""
     args = parse_args()
-    ladder = Ladder.PRESETS["clear"]
+    ladder = replace(Ladder.PRESETS["clear"], factor=args.factor)
     if args.model == "shapes-flux":
         pipe = da.shapes.load_pipeline("shapes-flux")
-        clear = da.Clear.for_pipeline(pipe)
-        prompt, size, steps, guidance = "a red star above a blue ring on a white background", 256, 20, 3.0
-        # Its guidance is the difference of two passes, of which 7.5 times is too much.
-        ladder = replace(ladder, fit="area", guidance_scale=None, static_shift=None)
+        prompt, size, guidance, options = "a red star above a blue ring on a white background", 256, 3.0, {}
+        ladder = replace(ladder, fit="area", static_shift=None)
     else:
         pipe = FluxPipeline.from_pretrained(args.model, dtype=torch.bfloat16, use_safetensors=True)
-        options = {"radius": args.radius, "down_factor": args.down_factor, "proportional": True, "ntk_factor": 10.0}
-        weights = args.weights or "Huage001/CLEAR"
-        clear = da.Clear(**options) if weights == "none" else da.Clear.from_pretrained(weights, **options)
-        prompt, size, steps, guidance = "a lighthouse in a storm", 4096, 20, 3.5
+        prompt, size, guidance = "a lighthouse in a storm", 4096, 3.5
+        options = {"proportional": True, "ntk_factor": 10.0}
+    options |= {"radius": args.radius, "down_factor": args.down_factor}
+    if args.weights is None:
+        clear = da.Clear.for_pipeline(pipe, **options)
+    elif args.weights == "none":
+        clear = da.Clear(**options | {"radius": args.radius or 16})
+    else:
+        clear = da.Clear.from_pretrained(args.weights, **options)
     pipe.to(args.device)
     hires = HighResolutionPipeline.from_pipe(pipe, methods=[clear])
     result = hires(
         args.prompt or prompt,
         height=args.size or size,
         width=args.size or size,
-        num_inference_steps=args.steps or steps,
-        guidance_scale=guidance,
+        num_inference_steps=args.steps or 20,
+        guidance_scale=guidance if pipe.transformer.config.guidance_embeds or args.model == "shapes-flux" else None,
         ladder=ladder if args.strength is None else replace(ladder, strength=args.strength),
         memory="low",
         generator=torch.Generator().manual_seed(args.seed),

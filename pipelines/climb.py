@@ -187,7 +187,7 @@ class Climb:
         if "height" in parameters_of(pipe):
             call |= {"height": stage.height, "width": stage.width}
         scheduler = pipe.scheduler
-        if self.run.rule.static_shift is not None and "use_dynamic_shifting" in scheduler.config:
+        if self.run.rule.static_shift is not None and scheduler.config.get("use_dynamic_shifting"):
             shift = self.run.rule.static_shift
             pipe.scheduler = scheduler.from_config(scheduler.config, use_dynamic_shifting=False, shift=shift)
         try:

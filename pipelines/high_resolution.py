@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -248,6 +248,9 @@ class HighResolutionPipeline:
         callback_on_stage_end: Callable[[StageResult], None] | None = None,
         **kwargs: Any,
     ) -> HighResolutionOutput:
+        transformer = getattr(self.text2image, "transformer", None)
+        if transformer is not None and not transformer.config.get("guidance_embeds"):
+            rule = replace(rule, guidance_scale=None)
         run = Run(
             prompts=[prompt] if isinstance(prompt, str) else list(prompt),
             upscales=images is not None,

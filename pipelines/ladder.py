@@ -49,9 +49,10 @@ class Ladder:
         strength: of the first stage above the base.
         fall: by how much less it is in each further one; ``None``: evenly, so that it would be 0 after the last.
         least: what it does not fall below.
-        guidance_scale: of the stages above the base; ``None``: the call's.
-        static_shift: flow-matching models: the fixed shift of noise levels above the base, which otherwise grows with
-            the picture; ``None``: as the scheduler says.
+        guidance_scale: of the stages above the base; ``None``: the call's. Of transformers it is the embedded one, as
+            FLUX.1-dev has it; where there is none (schnell, SD3) the call's stays.
+        static_shift: the fixed shift of noise levels above the base, of schedulers whose shift else grows with the
+            picture; ``None``: as the scheduler says.
     """
 
     fit: Literal["area", "short", "long"] = "area"

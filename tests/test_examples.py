@@ -19,7 +19,11 @@ ROOT = Path(__file__).parents[1]
             [(128, 64), (256, 128)],
         ),
         ("highres_sdxl_hidiffusion.py", ("--model", "shapes-sd", "--size", "192"), [(128, 128), (192, 192)]),
-        ("highres_flux_clear.py", ("--model", "shapes-flux", "--steps", "8"), [(128, 128), (256, 256)]),
+        (
+            "highres_flux_clear.py",
+            ("--model", "shapes-flux", "--steps", "3", "--size", "512"),
+            [(128, 128), (256, 256), (512, 512)],
+        ),
     ],
 )
 def test_large_pictures_offline(script, args, sizes, tmp_path, monkeypatch, capsys):

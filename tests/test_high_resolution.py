@@ -169,6 +169,18 @@ def test_the_fixed_shift_of_the_clear_cascade_is_taken_back():
     assert 3.0 in shifts and made.image2image.scheduler is before
 
 
+@pytest.mark.parametrize("embedded", [True, False])
+def test_the_guidance_of_the_clear_cascade_is_the_embedded_one(embedded):
+    """A distilled model without that input would be held against an empty prompt, seven and a half times."""
+    pipe = tiny.flux(guidance_embeds=embedded)
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    made = ladder_of(pipe, methods=[da.Clear(radius=3)])
+    made(tiny.PROMPT, height=512, width=256, num_inference_steps=4, guidance_scale=1.0, ladder="clear")
+    told = [call["guidance"].item() if call.get("guidance") is not None else None for call in seen]
+    assert told == ([1.0] * 4 + [7.5] * 6 if embedded else [None] * 10)  # of the two larger stages three steps each
+
+
 @pytest.mark.parametrize("mode", ["corrected", "official"])
 def test_demofusion(mode, tmp_path):
     pipe = tiny.sdxl()

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from diffusion_attn.core.errors import DiffusionAttnError
 from diffusion_attn.ops.local_rule import TILE, Disc, take_tokens, tile_order
 
 _FAR = 2**14  # rows that a slot without a token is away
@@ -58,6 +59,7 @@ def attend_flex(
 
     Raises:
         RuntimeError: gradients on a CPU, which has none of it.
+        DiffusionAttnError: it has been compiled as often as torch allows.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("backend='flex' has no gradients on a CPU; use backend='tiles', which does the same.")
@@ -66,7 +68,19 @@ def attend_flex(
     keys, values = (
         torch.cat([take_tokens(x[:, :, seen:], layout.order), F.pad(x[:, :, :seen], fill)], dim=2) for x in (k, v)
     )
-    return take_tokens(_compiled()(take_tokens(q, layout.order), keys, values, layout.mask, scale), layout.place)
+    try:
+        out = _compiled()(take_tokens(q, layout.order), keys, values, layout.mask, scale)
+    except Exception as error:
+        if type(error).__name__ not in _LIMITS:
+            raise
+        raise DiffusionAttnError(
+            "torch compiles backend='flex' for no more sizes, lengths of text and batches in this process than it has "
+            "been; use backend='tiles', or call torch.compiler.reset() to begin again."
+        ) from error
+    return take_tokens(out, layout.place)
+
+
+_LIMITS = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # the second in older versions
 
 
 @cache

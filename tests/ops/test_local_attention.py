@@ -1,6 +1,7 @@
 """Local attention: the published numbers, who sees whom, and how much work that is."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,20 @@ def test_flex_says_that_it_has_no_gradients_on_a_cpu():
     q, k, v = (x.requires_grad_() for x in tensors(400))
     with pytest.raises(RuntimeError, match="backend='tiles'"):
         da.ops.local_attention(q, k, v, grid=(20, 20), radius=3, backend="flex")
+
+
+def test_past_what_torch_compiles_flex_tells_the_way_out(monkeypatch):
+    def attend(q, k, v, mask, scale):
+        return q + 0
+
+    once = torch.compile(attend, backend="eager", dynamic=False, fullgraph=True, recompile_limit=1)
+    monkeypatch.setattr("diffusion_attn.ops.local_flex._compiled", lambda: once)
+    flex = partial(da.ops.local_attention, radius=3, backend="flex")
+    flex(*tensors(400), grid=(20, 20))
+    with pytest.raises(da.DiffusionAttnError, match=r"backend='tiles', or call torch\.compiler\.reset"):
+        flex(*tensors(1600), grid=(40, 40))
+    torch.compiler.reset()
+    flex(*tensors(1600), grid=(40, 40))
 
 
 @pytest.mark.parametrize(

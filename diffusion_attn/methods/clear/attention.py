@@ -71,7 +71,7 @@ def attend_tokens(
 
 def _pool(x: torch.Tensor, cells: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """Weighted sums of ``(batch, heads, tokens, head_dim)`` over ``cells``, ``(cells, tokens)``."""
-    members = x.index_select(2, cells.flatten()).unflatten(2, cells.shape)
+    members = x.index_select(2, cells.flatten().to(x.device)).unflatten(2, cells.shape)
     if weight is None:
         return members.mean(dim=3)
     return torch.einsum("bhcwd,w->bhcd", members, weight.flatten().to(x.dtype))
