@@ -41,9 +41,9 @@ def locate(id_or_folder: str | os.PathLike[str], name: str, **hub: Any) -> Path:
     folder = local_folder(id_or_folder)
     if folder is not None:
         if not (folder / name).is_file():
-            others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no weights"
+            others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "other files"
             raise CheckpointFormatError(
-                f"folder {str(id_or_folder)!r} has no {name}, but {others}; give the folder that save_pretrained "
+                f"folder {str(id_or_folder)!r} has no {name}, only {others}; give the folder that save_pretrained "
                 "wrote, or the id of published weights on the Hub."
             )
         return folder / name

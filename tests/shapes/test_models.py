@@ -130,22 +130,23 @@ def test_so_does_its_student_with_local_attention():
         )
         noise = torch.randn(clean.shape, generator=generator)
 
-        def predict():
+        def predict(sigma):
             return pipe.transformer(
-                0.3 * clean + 0.7 * noise,
+                (1 - sigma) * clean + sigma * noise,
                 encoder_hidden_states=text,
                 pooled_projections=pooled,
-                timestep=torch.full((8,), 0.7),
+                timestep=torch.full((8,), sigma),
                 img_ids=pipe._prepare_latent_image_ids(8, 16, 16, "cpu", torch.float32),
                 txt_ids=text_ids,
                 return_dict=False,
             )[0]
 
-        teacher = predict()
-        for name, method in {"student": clear, "rule": da.Clear(radius=8)}.items():
-            with da.using(pipe, method):
-                errors[name] = float((predict() - teacher).square().mean())
-    assert errors["student"] < errors["rule"] / 2.8, errors
+        for sigma, times in {0.5: 2.8, 0.7: 2.6, 0.9: 8}.items():
+            teacher = predict(sigma)
+            for name, method in {"student": clear, "rule": da.Clear(radius=8)}.items():
+                with da.using(pipe, method):
+                    errors[name] = float((predict(sigma) - teacher).square().mean())
+            assert errors["student"] < errors["rule"] / times, (sigma, errors)
 
 
 # ---- pictures
