@@ -53,7 +53,8 @@ def main() -> None:
         ladder = replace(ladder, fit="area", static_shift=None)
     else:
         pipe = FluxPipeline.from_pretrained(args.model, dtype=torch.bfloat16, use_safetensors=True)
-        prompt, size, guidance = "a lighthouse in a storm", 4096, 3.5
+        prompt, size = "a lighthouse in a storm", 4096
+        guidance = 3.5 if pipe.transformer.config.guidance_embeds else None  # as the pipeline has it
         options = {"proportional": True, "ntk_factor": 10.0}
     options |= {"radius": args.radius, "down_factor": args.down_factor}
     if args.weights is None:
@@ -69,7 +70,7 @@ def main() -> None:
         height=args.size or size,
         width=args.size or size,
         num_inference_steps=args.steps or 20,
-        guidance_scale=guidance if pipe.transformer.config.guidance_embeds or args.model == "shapes-flux" else None,
+        guidance_scale=guidance,
         ladder=ladder if args.strength is None else replace(ladder, strength=args.strength),
         memory="low",
         generator=torch.Generator().manual_seed(args.seed),

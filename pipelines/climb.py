@@ -80,8 +80,7 @@ class Run:
     @property
     def guidance_above(self) -> float | None:
         """The guidance scale of stages above the base."""
-        own = self.refine_guidance if self.refine_guidance is not None else self.rule.guidance_scale
-        return self.guidance if own is None else own
+        return self.guidance if self.refine_guidance is None else self.refine_guidance
 
     def methods_of(self, base: bool) -> tuple[Method, ...]:
         """What is in force at the base, or above it; ``memory`` takes the place of a `LowMemory` among the methods."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ class HighResolutionPipeline:
             num_inference_steps: of the schedule, of which stages above the base run their ``strength``; ``None``: the
                 pipeline's default.
             guidance_scale: ``None``: the pipeline's default.
-            refine_guidance_scale: above the base; ``None``: the ladder's, or else ``guidance_scale``.
+            refine_guidance_scale: above the base; ``None``: the ladder's embedded one, or else ``guidance_scale``.
             ladder: a preset (``"auto"``, ``"linfusion"``, ``"clear"``, ``"demofusion"``), a `Ladder`, or the stages
                 themselves, the first without strength; ``None``: the one that belongs to ``refine``, or ``"auto"``.
             refine: ``"demofusion"`` (or its options, a `DemoFusion`): SDXL's stages above the base by DemoFusion's
@@ -249,8 +249,8 @@ class HighResolutionPipeline:
         **kwargs: Any,
     ) -> HighResolutionOutput:
         transformer = getattr(self.text2image, "transformer", None)
-        if transformer is not None and not transformer.config.get("guidance_embeds"):
-            rule = replace(rule, guidance_scale=None)
+        if refine_guidance_scale is None and transformer is not None and transformer.config.get("guidance_embeds"):
+            refine_guidance_scale = rule.embedded_guidance
         run = Run(
             prompts=[prompt] if isinstance(prompt, str) else list(prompt),
             upscales=images is not None,

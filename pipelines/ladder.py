@@ -49,8 +49,8 @@ class Ladder:
         strength: of the first stage above the base.
         fall: by how much less it is in each further one; ``None``: evenly, so that it would be 0 after the last.
         least: what it does not fall below.
-        guidance_scale: of the stages above the base; ``None``: the call's. Of transformers it is the embedded one, as
-            FLUX.1-dev has it; where there is none (schnell, SD3) the call's stays.
+        embedded_guidance: of the stages above the base, for models that take their guidance as an input (FLUX.1-dev);
+            ``None``: the call's.
         static_shift: the fixed shift of noise levels above the base, of schedulers whose shift else grows with the
             picture; ``None``: as the scheduler says.
     """
@@ -61,7 +61,7 @@ class Ladder:
     strength: float = 0.4
     fall: float | None = 0.1
     least: float = 0.1
-    guidance_scale: float | None = None
+    embedded_guidance: float | None = None
     static_shift: float | None = None
 
     PRESETS: ClassVar[dict[str, Ladder]]
@@ -130,7 +130,7 @@ class Ladder:
 Ladder.PRESETS = {
     "auto": Ladder(),
     "linfusion": Ladder(fit="short"),
-    "clear": Ladder(fit="long", factor=4, strength=0.7, fall=0.0, guidance_scale=7.5, static_shift=3.0),
+    "clear": Ladder(fit="long", factor=4, strength=0.7, fall=0.0, embedded_guidance=7.5, static_shift=3.0),
     "demofusion": Ladder(fit="long", strength=0.32, fall=None),
 }
 """What is published: LinFusion's image-to-image ladder, CLEAR's cascade, DemoFusion's in LinFusion's form; and ours."""

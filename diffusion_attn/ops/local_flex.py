@@ -15,6 +15,7 @@ from diffusion_attn.core.errors import DiffusionAttnError
 from diffusion_attn.ops.local_rule import TILE, Disc, take_tokens, tile_order
 
 _FAR = 2**14  # rows that a slot without a token is away
+_LIMITS = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # what torch raises, the second in older versions
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,6 @@ def attend_flex(
             "been; use backend='tiles', or call torch.compiler.reset() to begin again."
         ) from error
     return take_tokens(out, layout.place)
-
-
-_LIMITS = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # the second in older versions
 
 
 @cache
