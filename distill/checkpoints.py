@@ -140,8 +140,10 @@ class Checkpoints:
         try:
             part.mkdir(parents=True)
             state.save(part)
-        except (OSError, SafetensorError) as error:
+        except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
+            if not isinstance(error, (OSError, SafetensorError)):
+                raise
             raise DiffusionAttnError(
                 f"checkpoint {str(final)!r} cannot be written ({error}); make room, and go on from the one before with "
                 "--resume."

@@ -156,17 +156,28 @@ def test_no_checkpoint_is_half_there(distil, tmp_path):
     assert not part.exists()
 
 
-def test_a_full_disk_is_told_and_the_checkpoint_before_is_kept(distil, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told", "expected"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            da.DiffusionAttnError,
+            r"step-000000004' cannot be written .*No space left",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_full_disk_or_an_interrupt_keeps_the_checkpoint_before(distil, tmp_path, monkeypatch, error, told, expected):
     save_file, calls = safetensors.torch.save_file, []
 
-    def fills_up(tensors, path, *metadata):
+    def stops(tensors, path, *metadata):
         calls.append(path)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
         save_file(tensors, path, *metadata)
+        if len(calls) == 2:
+            raise error
 
-    monkeypatch.setattr("safetensors.torch.save_file", fills_up)
-    with pytest.raises(da.DiffusionAttnError, match=r"step-000000004' cannot be written .*No space left"):
+    monkeypatch.setattr("safetensors.torch.save_file", stops)
+    with pytest.raises(told, match=expected):
         distil()
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-000000002"]
 
