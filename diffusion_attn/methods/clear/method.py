@@ -50,7 +50,8 @@ class Clear:
         ntk_factor: factor of the rotary embedding's base (FLUX); 10 in its authors' runs above 1024 pixels.
         backend: of the attention, see `diffusion_attn.ops.local_attention`.
         base_weights: where the model keeps idle projections while enabled: ``"device"``; ``"cpu"`` or ``"disk"`` frees
-            about as much memory as the weights take (and does nothing under offloading, which moves them itself).
+            about as much memory as the weights take (and does nothing under offloading, which moves them itself); move
+            the pipeline to its device before, ``to`` takes them along.
         weights: the layers' weights; its parameters are the live tensors that the enabled model computes with.
         source: where the weights come from, for the record.
         dtype: of the weights while enabled: ``None`` casts them, in place, to the model's; a trainer pins

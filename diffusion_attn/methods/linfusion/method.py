@@ -48,7 +48,8 @@ class LinFusion:
         weights: the layers; its parameters are the live tensors that the enabled model computes with.
         source: where the weights come from, for the record.
         base_weights: where the base's idle projections are kept while enabled: ``"device"``; ``"cpu"`` or ``"disk"``
-            frees about as much memory as the layers take (and does nothing under offloading, which moves them itself).
+            frees about as much memory as the layers take (and does nothing under offloading, which moves them itself);
+            move the pipeline to its device before, ``to`` takes them along.
         dtype: of the layers while enabled: ``None`` casts them, in place, to the UNet's; a trainer pins
             ``torch.float32`` and runs a 16-bit UNet under autocast.
     """
