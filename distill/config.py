@@ -129,6 +129,9 @@ class LossConfig:
     Args:
         target: error against what the denoiser should predict: noise or velocity, as the model does.
         prediction: error against the teacher's prediction.
+        guided: error against the teacher's prediction under guidance. Every picture is then predicted with its caption
+            and without, at the same noise, and all terms count both: a step costs twice.
+        guidance_scale: of ``guided``.
         attention: error against the outputs of the teacher's attention, the mean over layers.
         layers: a regular expression; ``attention`` takes only layers whose name it is found in.
         shift: every noise level is as likely at 1; above, high ones are likelier, as a scheduler's shift has them.
@@ -136,15 +139,19 @@ class LossConfig:
 
     target: float = 1.0
     prediction: float = 0.5
+    guided: float = 0.0
+    guidance_scale: float = 3.0
     attention: float = 0.5
     layers: str = ""
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("target", "prediction", "attention")}
+        weights = {name: getattr(self, name) for name in ("target", "prediction", "guided", "attention")}
         for name, weight in weights.items():
             _check(weight >= 0, f"loss.{name}", weight, "a weight, 0 or more")
         _check(any(weights.values()), "loss", weights, "one weight above 0 at least")
+        scale = self.guidance_scale
+        _check(1 < scale < float("inf"), "loss.guidance_scale", scale, "a scale above 1, such as 3")
         _check(0 < self.shift < float("inf"), "loss.shift", self.shift, "a number above 0, such as 3")
         try:
             re.compile(self.layers)
@@ -266,6 +273,14 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _check(
+            not (self.loss.guided and self.data.caption_dropout),
+            "data.caption_dropout",
+            self.data.caption_dropout,
+            "0 where loss.guided has a weight, since every picture is then predicted with its caption and without",
+        )
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> DistillConfig:

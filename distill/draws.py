@@ -72,6 +72,12 @@ class Draws:
         parts = (self.timesteps, self.noise, self.posterior, self.dropped)
         return Draws(*(part[start : start + count].contiguous() for part in parts))
 
+    def paired(self) -> Draws:
+        """The same draws twice, ``2 * batch``: with every caption, then without."""
+        kept = torch.zeros_like(self.dropped)
+        parts = ((self.timesteps,) * 2, (self.noise,) * 2, (self.posterior,) * 2, (kept, ~kept))
+        return Draws(*(torch.cat(part) for part in parts))
+
     def to(self, device: torch.device) -> Draws:
         """The same on another device."""
         return Draws(*(x.to(device) for x in (self.timesteps, self.noise, self.posterior, self.dropped)))

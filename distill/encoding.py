@@ -51,6 +51,11 @@ class Encoded:
         added = {name: given.pop(name) for name in ADDED if name in given}
         return {**given, **({"added_cond_kwargs": added} if added else {})}
 
+    def paired(self) -> Encoded:
+        """The same batch twice, ``2 * batch``."""
+        twice = {name: torch.cat([x, x]) for name, x in self.conditions.items()}
+        return Encoded(torch.cat([self.mean, self.mean]), torch.cat([self.std, self.std]), twice, self.broken)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Encoded:
         """The same on another device; latents in float32, conditions in ``dtype``."""
         conditions = {

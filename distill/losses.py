@@ -50,6 +50,20 @@ def mse(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(predicted.float(), target.float())
 
 
+def guided(predicted: torch.Tensor, scale: float) -> torch.Tensor:
+    """The prediction under classifier-free guidance (Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6).
+
+    Args:
+        predicted: ``(2 * batch, ...)``, with captions, then the same without.
+        scale: of guidance, the paper's 1 + w; 1 is the prediction with captions.
+
+    Returns:
+        ``(batch, ...)``, float32.
+    """
+    captioned, empty = predicted.float().chunk(2)
+    return empty + scale * (captioned - empty)
+
+
 def attention_mse(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean over layers of the mean squared error of attention outputs, each ``(batch, tokens, channels)``.
 

@@ -139,6 +139,8 @@ class Distiller:
                         shift=config.loss.shift,
                     )
                     share = draws.share(start, optim.micro_batch).to(device)
+                    if config.loss.guided:
+                        encoded, share = encoded.paired(), share.paired()
                     call, target = denoiser_inputs(pipe, noise_schedule, encoded, empty, share, config.model.guidance)
                     taught, expected = self._teach(accelerator, denoiser, layers, call)
                     # Through the backward pass as well: gradient checkpointing runs the student there again.
@@ -241,7 +243,9 @@ class Distiller:
             project_dir=self.output,
             # Attention outputs alone leave the layers after them without gradients.
             kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=not (loss.target or loss.prediction))
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=not (loss.target or loss.prediction or loss.guided)
+                )
             ],
         )
         if accelerator.distributed_type in _REFUSED:
@@ -317,7 +321,8 @@ class Distiller:
         self, accelerator: Accelerator, denoiser: Any, layers: list[nn.Module], call: dict[str, Any]
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The teacher's prediction and attention outputs."""
-        if not (self.config.loss.prediction or layers):
+        loss = self.config.loss
+        if not (loss.prediction or loss.guided or layers):
             return None, []
         with torch.no_grad(), accelerator.autocast(), Features(layers) as features:
             return denoiser(**call, return_dict=False)[0], features.outputs
@@ -336,6 +341,9 @@ class Distiller:
             terms["target"] = losses.mse(predicted, target)
         if weights.prediction and taught is not None:
             terms["prediction"] = losses.mse(predicted, taught)
+        if weights.guided and taught is not None:
+            scale = weights.guidance_scale
+            terms["guided"] = losses.mse(losses.guided(predicted, scale), losses.guided(taught, scale))
         if features:
             terms["attention"] = losses.attention_mse(features, expected)
         total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()

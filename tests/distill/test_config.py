@@ -51,6 +51,11 @@ BAD = {
     "no loss": ("loss: {target: 0, prediction: 0, attention: 0}", "one weight above 0"),
     "shift": ("loss: {shift: 0}", "loss.shift=0.*above 0"),
     "endless shift": ("loss: {shift: .inf}", "loss.shift=inf"),
+    "scale": ("loss: {guided: 1, guidance_scale: 1}", "loss.guidance_scale=1.0.*above 1"),
+    "guided and dropped": (
+        "{loss: {guided: 1}, data: {caption_dropout: 0.1}}",
+        "data.caption_dropout=0.1.*loss.guided",
+    ),
     "decay": ("optim: {ema_decay: 1}", "optim.ema_decay=1"),
     "share": ("data: {max_broken: 2}", "data.max_broken=2"),
     "seed": ("run: {seed: -1}", "run.seed=-1"),

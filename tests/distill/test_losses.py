@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import diffusion_attn as da
 from diffusion_attn.distill import losses
 from diffusion_attn.distill.draws import Draws
+from diffusion_attn.distill.encoding import Encoded
 from diffusion_attn.distill.features import Features
 from diffusion_attn.distill.teacher import NoiseSchedule
 from tests import tiny
@@ -71,6 +72,18 @@ def test_the_flow_target_leads_from_clean_to_noise(sigma, seed):
     torch.testing.assert_close(noisy + (1 - sigma) * velocity, noise, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1.5, 7.0])
+def test_guidance_is_the_pipelines_own(scale, monkeypatch):
+    pipe, seen = tiny.sd(), {}
+    step = pipe.scheduler.step
+    monkeypatch.setattr(pipe.scheduler, "step", lambda x, *rest, **names: seen.update(x=x) or step(x, *rest, **names))
+    with pipe.unet.register_forward_hook(lambda module, args, output: seen.update(both=output[0])):
+        tiny.run(pipe, guidance_scale=scale)
+    empty, captioned = seen["both"].chunk(2)
+    torch.testing.assert_close(losses.guided(torch.cat([captioned, empty]), scale), seen["x"])
+    assert losses.guided(seen["both"].half(), scale).dtype == torch.float32
+
+
 def test_losses_are_float32_whatever_they_are_given():
     half = torch.full((2, 3), 300.0, dtype=torch.float16)
     assert losses.mse(half, -half).dtype == torch.float32 and losses.mse(half, -half) == 360000  # beyond float16
@@ -113,6 +126,22 @@ def test_draws_depend_on_seed_and_step_alone():
     mean = Draws.of(0, 7, 6, (4, 3, 3), 1000, 0.5, sampled=False)
     assert not mean.posterior.any() and one.posterior.any() and torch.equal(mean.noise, one.noise)
     assert torch.equal(mean.dropped, one.dropped)
+
+
+def test_a_pair_is_the_same_picture_with_its_caption_and_without():
+    draws = Draws.of(0, 0, 3, (4, 2, 2), 1000, 0.5, sampled=True)
+    text = {"encoder_hidden_states": tiny.noise(3, 5, 8), "text_embeds": tiny.noise(3, 6), "time_ids": tiny.noise(3, 6)}
+    empty = {name: torch.zeros_like(text[name][:1]) for name in ("encoder_hidden_states", "text_embeds")}
+    encoded = Encoded(tiny.noise(3, 4, 2, 2, seed=1), tiny.noise(3, 4, 2, 2, seed=2), text)
+    pair, both = draws.paired(), encoded.paired()
+    for name in ("timesteps", "noise", "posterior"):
+        assert torch.equal(getattr(pair, name), getattr(draws, name).repeat(2, *(1,) * (getattr(draws, name).ndim - 1)))
+    assert torch.equal(both.latents(pair.posterior, 0.5), encoded.latents(draws.posterior, 0.5).repeat(2, 1, 1, 1))
+    given = both.arguments(pair.dropped, empty)
+    time_ids = given["added_cond_kwargs"]["time_ids"]
+    assert torch.equal(time_ids, text["time_ids"].repeat(2, 1))
+    for name, x in (("encoder_hidden_states", given["encoder_hidden_states"]), *given["added_cond_kwargs"].items()):
+        assert torch.equal(x[:3], text[name]) and (name == "time_ids" or not x[3:].any())
 
 
 def test_a_shift_moves_the_timesteps_and_nothing_else():

@@ -116,6 +116,22 @@ def test_noise_levels_follow_the_shift(distil, tmp_path):
     assert len({even, low, high}) == 3
 
 
+def test_a_guided_run_predicts_every_picture_with_its_caption_and_without(distil, tmp_path):
+    def first(name, dropout, **loss):
+        data, run = {"caption_dropout": dropout}, {"output": str(tmp_path / name), "steps": 1}
+        return distil(data=data, loss=loss, run=run).history[0]
+
+    captioned, empty = first("captioned", 0.0)["prediction"], first("empty", 1 - 1e-9)["prediction"]
+    both = first("guided", 0.0, guided=0.1, guidance_scale=4.0)
+    assert both["prediction"] == pytest.approx((captioned + empty) / 2, rel=1e-4)
+    assert both["loss"] == pytest.approx(
+        both["target"] + 0.5 * both["prediction"] + 0.1 * both["guided"] + 0.5 * both["attention"], rel=1e-5
+    )
+    # The error of 4 c - 3 u, by the triangle inequality.
+    least, most = (abs(4 * captioned**0.5 + sign * 3 * empty**0.5) for sign in (-1, 1))
+    assert least**2 < both["guided"] < most**2
+
+
 def test_what_changes_rounding_only_may_change(distil):
     distil()
     distil(run={"resume": True, "steps": 8}, optim={"micro_batch": 2})
