@@ -480,6 +480,7 @@ DIRECT: oracle.Variants = {
     "full attention": lambda pipe: nullcontext(),
     **{f"rule alone, radius {radius}": rule_alone(radius) for radius in (4, 6, 8)},
     "distilled": lambda pipe: da.using(pipe, da.Clear.for_pipeline(pipe)),
+    "distilled, pooled": lambda pipe: da.using(pipe, da.Clear.for_pipeline(pipe, down_factor=2)),
 }
 QUALITY: oracle.Variants = {
     **DIRECT,
@@ -533,8 +534,9 @@ SECTIONS = {
     "quality": replace(
         oracle.SECTION,
         description=f"{oracle.SECTION.description} *Rule alone*: the model's own weights, which were trained with full "
-        "attention. *Cascade*: the plain model draws at its native size, and the variant draws that picture anew at "
-        f"the larger one, with a strength of {STRENGTH}.",
+        "attention. *Pooled*: weighted sums over 2 x 2 tokens are seen as well. *Cascade*: the plain model "
+        "draws at its native size, and the variant draws that picture anew at the larger one, with a strength of "
+        f"{STRENGTH}.",
     ),
 }
 

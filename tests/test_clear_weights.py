@@ -115,6 +115,13 @@ def test_radius_and_down_factor_come_from_the_name_or_are_asked_for(tmp_path):
     assert da.Clear.from_pretrained(tmp_path, down_factor=2).radius == 3
     with pytest.raises(da.CheckpointFormatError, match=r"clear_local_8\.safetensors"):
         da.Clear.from_pretrained(tmp_path, radius=8)
+    clear_weights(4, 2).save_pretrained(tmp_path / "one radius")
+    assert da.Clear.from_pretrained(tmp_path / "one radius").down_factor == 2
+    clear_weights(4, 4).save_pretrained(tmp_path / "one radius")
+    with pytest.raises(da.CheckpointFormatError, match=r"2 files .* and down_factor="):
+        da.Clear.from_pretrained(tmp_path / "one radius")
+    clear_weights().save_pretrained(tmp_path / "one radius")
+    assert da.Clear.from_pretrained(tmp_path / "one radius").down_factor == 1
     path = tmp_path / "clear_local_4.safetensors"
     with pytest.raises(ValueError, match=r"radius=8: .* was trained for 4"):
         da.Clear.from_pretrained(path, radius=8)

@@ -112,9 +112,10 @@ def test_the_flux_model_is_stock_and_draws_what_is_asked():
 def test_so_does_its_student_with_local_attention():
     """`shapes-clear`, found by the model's structure and by name, near its teacher where the rule alone is not."""
     pipe = da.shapes.load_pipeline("shapes-flux")
-    clear = da.Clear.for_pipeline(pipe)
+    clear, coarse = da.Clear.for_pipeline(pipe), da.Clear.for_pipeline(pipe, down_factor=2)
     named = da.Clear.from_pretrained("shapes-clear")
-    assert clear.radius == named.radius == 8 and "shapes-clear" in clear.source
+    assert clear.radius == named.radius == coarse.radius == 8 and "shapes-clear" in clear.source
+    assert (clear.down_factor, named.down_factor, coarse.down_factor) == (1, 1, 2)
     assert all(torch.equal(x, named.state_dict()[name]) for name, x in clear.state_dict().items())
     errors = {}
     generator = torch.Generator().manual_seed(0)
@@ -141,12 +142,13 @@ def test_so_does_its_student_with_local_attention():
                 return_dict=False,
             )[0]
 
-        for sigma, times in {0.5: 3, 0.7: 3, 0.9: 8}.items():
+        for sigma, times, times_pooled in ((0.5, 3, 4), (0.7, 3, 4), (0.9, 8, 14)):
             teacher = predict(sigma)
-            for name, method in {"student": clear, "rule": da.Clear(radius=8)}.items():
+            for name, method in {"student": clear, "pooled": coarse, "rule": da.Clear(radius=8)}.items():
                 with da.using(pipe, method):
                     errors[name] = float((predict(sigma) - teacher).square().mean())
             assert errors["student"] < errors["rule"] / times, (sigma, errors)
+            assert errors["pooled"] < errors["rule"] / times_pooled, (sigma, errors)
 
 
 # ---- pictures

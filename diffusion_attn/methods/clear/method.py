@@ -100,7 +100,8 @@ class Clear:
         Args:
             id_or_file: a Hub id such as ``"Huage001/CLEAR"``, a local folder, or a file.
             radius: which file of several; for a file of another name than the published ones, what it was trained for.
-            down_factor: which file of several; checked against the weights.
+            down_factor: which file of several, of one radius the one without pooling by default; checked against the
+                weights.
             options: of the class, and of the Hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ...
 
         Raises:
@@ -132,7 +133,7 @@ class Clear:
         Args:
             pipe: a pipeline or transformer.
             radius: as published; by default 16 for FLUX.1, and 8 for the embedded shapes-flux.
-            down_factor: as published.
+            down_factor: as published: 4 beside 1 for FLUX.1, and 2 for shapes-flux.
             options: as for `from_pretrained`.
 
         Raises:
@@ -317,6 +318,8 @@ def _find(
     folder = checkpoints.local_folder(id_or_file)
     if not path.is_file() and folder is not None and radius is None:
         named = [(file, match) for file in sorted(folder.iterdir()) if (match := PUBLISHED.fullmatch(file.name))]
+        if factor is None and len({match[1] for _, match in named}) == 1 and any(not match[2] for _, match in named):
+            factor = 1  # as where the radius is given
         files = [file for file, match in named if factor in (None, int(match[2] or 1))]
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
